@@ -1,0 +1,1 @@
+"""Part: reading the flow."""
