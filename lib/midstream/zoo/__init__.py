@@ -1,0 +1,1 @@
+"""Models behind one `load(name)`: packaged, tiny, local or from the Hub."""
