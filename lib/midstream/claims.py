@@ -79,13 +79,17 @@ class Control:
 
 @dataclass(frozen=True)
 class Claim:
-    """One headline claim of a paper, in our words, with its check and the control that must turn it red."""
+    """One headline claim of a paper, in our words, with its check and the control that must turn it red.
+
+    `reported` says in a few words what the paper shows for it; where it shows a figure only, `numbers` is empty.
+    """
 
     id: str
     statement: str
     numbers: tuple[PaperNumber, ...]
     check: Callable[[Result], tuple[Comparison, ...]]
     control: Control
+    reported: str = ""
 
     def direction(self, result: Result) -> Direction:
         """The direction verdict on a result."""
