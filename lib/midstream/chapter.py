@@ -1,0 +1,147 @@
+"""The run object of a notebook: the record it shows, or the experiment it computes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from midstream import display, machine, records
+from midstream.display import Html
+from midstream.errors import RequestError
+from midstream.papers import Paper
+from midstream.papers import paper as find_paper
+from midstream.records import Record
+from midstream.request import checked
+
+if TYPE_CHECKING:
+    from midstream.paper import PaperParams, Result
+
+RUN_FOLDER = "MIDSTREAM_RUN_DIR"
+"""Set by `midstream run`: the folder where the record and the end-of-notebook sentinel are written."""
+POLICY = "MIDSTREAM_RECORDS"
+"""Set by `midstream run`: `exact` (a record of these very parameters may be shown), or `fresh` (always compute)."""
+EARLIER = "MIDSTREAM_EARLIER_RECORD"
+"""Set by `midstream run`: a record left by an earlier run into the same folder; shown when its key is current."""
+SENTINEL = "finished"
+
+
+class Chapter:
+    """One chapter's experiment as its notebook sees it."""
+
+    def __init__(self, paper: Paper, record: Record, *, origin: str, stale: str = "", notes: tuple[str, ...] = ()):
+        self.paper = paper
+        self.record = record
+        self.origin = origin
+        self.why_stale = stale
+        self.notes = notes
+
+    @property
+    def stale(self) -> bool:
+        """Whether the record shown no longer counts."""
+        return bool(self.why_stale)
+
+    @cached_property
+    def result(self) -> Result:
+        """The experiment's tables and scalars."""
+        return self.record.result
+
+    @cached_property
+    def params(self) -> PaperParams:
+        """The parameters of the record that is shown, which may be a stronger preset's than the notebook's."""
+        return self.paper.module().Params.model_validate(self.record.parameters)
+
+    def banner(self) -> Html:
+        """Recorded or computed, when, on what, at what cost; and whether it is stale."""
+        return display.banner(self.record, self.origin, self.why_stale, self.notes)
+
+    def claims(self) -> Html:
+        """The claim table: paper beside ours, with both verdicts."""
+        return display.claims(self.record.claims, caption=f"Claims of {self.paper.title}", stale=self.stale)
+
+    def cost(self) -> Html:
+        """The cost card."""
+        return display.cost(self.record)
+
+    def finish(self) -> None:
+        """Says that the notebook ran to its end; stands in the last cell, tagged `sentinel`."""
+        folder = os.environ.get(RUN_FOLDER)
+        if folder:
+            records.write_text(Path(folder) / SENTINEL, self.record.key)
+
+
+def open_chapter(id: str, namespace: Mapping[str, Any]) -> Chapter:
+    """The run object of a chapter for the parameters in a notebook's namespace.
+
+    With the default parameters it holds the strongest current record; with others, a current record of just
+    those; where there is none it computes the experiment. A stale record is only shown where the parameters
+    need a machine that is not there, and then says so.
+    """
+    paper = find_paper(id)
+    fields = paper.module().Params.model_fields
+    missing = [name for name in fields if name not in namespace]
+    if missing:
+        raise RequestError(f"The parameters cell of {id} does not set {', '.join(missing)}.")
+    chapter = _open(paper, checked(paper, {name: namespace[name] for name in fields}))
+    folder = os.environ.get(RUN_FOLDER)
+    if folder:
+        records.save(chapter.record, Path(folder) / "record.json")
+    return chapter
+
+
+def compute(paper: Paper, params: PaperParams) -> Record:
+    """Run a paper's experiment here and now, and make its record."""
+    started = time.perf_counter()
+    result = paper.module().experiment(params)
+    return records.make(paper, params, result, time.perf_counter() - started)
+
+
+def machine_lacks(paper: Paper, preset: str) -> str:
+    """What a preset needs and this machine lacks, in words; empty when it can run here."""
+    chosen = paper.module().PRESETS.get(preset)
+    if chosen is None or chosen.gpus <= 0:
+        return ""
+    present = machine.gpus()
+    if present >= chosen.gpus:
+        return ""
+    return chosen.needs or f"{chosen.gpus} GPU{'s' if chosen.gpus > 1 else ''}"
+
+
+def _open(paper: Paper, params: PaperParams) -> Chapter:
+    notes = tuple(records.corrupted(paper))
+    policy = os.environ.get(POLICY, "strongest")
+    record = None if policy == "fresh" else _recorded(paper, params, policy)
+    if record is not None:
+        return Chapter(paper, record, origin="recorded", notes=notes)
+    preset = records.preset_of(paper, params)
+    lacking = machine_lacks(paper, preset)
+    if not lacking:
+        return Chapter(paper, compute(paper, params), origin="computed", notes=notes)
+    old = None if policy == "fresh" else records.find(paper, preset)
+    if old is None:
+        raise RequestError(no_machine(paper, preset, lacking))
+    return Chapter(paper, old, origin="recorded", stale=records.staleness(old, paper, params), notes=notes)
+
+
+def no_machine(paper: Paper, preset: str, lacking: str) -> str:
+    """The refusal of a preset that this machine cannot run and that no record stands in for."""
+    return (
+        f"The preset '{preset}' of {paper.id} needs {lacking}, which this machine does not have; "
+        "run it where there is one, or choose another preset."
+    )
+
+
+def _recorded(paper: Paper, params: PaperParams, policy: str) -> Record | None:
+    """A current record to show for these parameters, if there is one."""
+    if policy == "strongest" and params == type(params)():
+        return records.strongest(paper)
+    kept = [records.path(paper, name) for name, preset in paper.module().PRESETS.items() if preset.params == params]
+    earlier = os.environ.get(EARLIER)
+    for file in [*kept, *([Path(earlier)] if earlier else [])]:
+        record = records.read(file)
+        if record is not None and not records.staleness(record, paper, params):
+            return record
+    return None
