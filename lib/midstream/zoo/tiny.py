@@ -99,13 +99,15 @@ def _t5(vocab_size: int) -> nn.Module:
         num_layers=BLOCKS,
         num_decoder_layers=BLOCKS,
         num_heads=4,
-        decoder_start_token_id=0,
     )
+    config.decoder_start_token_id = 0
     return hf.T5ForConditionalGeneration(config)
 
 
 def _vit(vocab_size: int) -> nn.Module:
-    return hf.ViTForImageClassification(hf.ViTConfig(num_labels=10, **_VISION))
+    config = hf.ViTConfig(**_VISION)
+    config.num_labels = 10
+    return hf.ViTForImageClassification(config)
 
 
 def _clip_vision(vocab_size: int) -> nn.Module:
@@ -126,7 +128,7 @@ def _clip_text(vocab_size: int) -> nn.Module:
 
 
 def _llava(vocab_size: int) -> nn.Module:
-    """LLaVA-1.5's shape: a CLIP tower read at its last block but one, a projector, a Llama (here with grouped heads)."""
+    """LLaVA-1.5's shape: a CLIP tower read at its last block but one, a projector, a Llama with grouped heads."""
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**_VISION),
         text_config=hf.LlamaConfig(vocab_size=vocab_size, **_GROUPED),
@@ -139,7 +141,7 @@ def _llava(vocab_size: int) -> nn.Module:
 def _dit(vocab_size: int) -> nn.Module:
     from diffusers import DiTTransformer2DModel  # slow to import, and needed by this family alone
 
-    model: nn.Module = DiTTransformer2DModel(
+    return DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=8,
         in_channels=4,
@@ -149,7 +151,6 @@ def _dit(vocab_size: int) -> nn.Module:
         patch_size=2,
         num_embeds_ada_norm=10,
     )
-    return model
 
 
 _BUILDERS: dict[str, Callable[[int], nn.Module]] = {
