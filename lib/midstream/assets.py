@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +73,13 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def joined_sha256(packages: Sequence[Package]) -> str:
+    """One digest for several packages: of one, its own; of more, the SHA-256 of theirs written one after another."""
+    if len(packages) == 1:
+        return packages[0].sha256
+    return hashlib.sha256("".join(package.sha256 for package in packages).encode()).hexdigest()
 
 
 def fetch(package: Package) -> Path:
