@@ -87,12 +87,16 @@ def go_wrong(fault):
 
 TOLERANCES = {"coins.seconds": (float("inf"), 0.0)}
 
+def heads_of(result):
+    return t_interval(result.tables["coins"]["heads"])
+
+
 CLAIMS = [
     Claim(
         "heads",
         "Heads are more common than tails.",
-        (PaperNumber("heads", 0.9, "a silver coin", "Table 1", 0.01, ours=lambda r: t_interval(r.tables["coins"]["heads"])),),
-        lambda r: (Comparison("heads", t_interval(r.tables["coins"]["heads"]), "above", 0.5),),
+        (PaperNumber("heads", 0.9, "a silver coin", "Table 1", 0.01, ours=heads_of),),
+        lambda r: (Comparison("heads", heads_of(r), "above", 0.5),),
         Control("fair coin", lambda r: r.with_table("coins", r.tables["coins"].assign(heads=[0.4, 0.5, 0.6]))),
     )
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ POLICY = "MIDSTREAM_RECORDS"
 """Set by `midstream run`: `exact` (a record of these very parameters may be shown), or `fresh` (always compute)."""
 EARLIER = "MIDSTREAM_EARLIER_RECORD"
 """Set by `midstream run`: a record left by an earlier run into the same folder; shown when its key is current."""
-SENTINEL = "finished"
+SENTINEL = "finished.json"
 
 
 class Chapter:
@@ -70,7 +71,8 @@ class Chapter:
         """Says that the notebook ran to its end; stands in the last cell, tagged `sentinel`."""
         folder = os.environ.get(RUN_FOLDER)
         if folder:
-            records.write_text(Path(folder) / SENTINEL, self.record.key)
+            shown = {"key": self.record.key, "origin": self.origin, "stale": self.why_stale}
+            records.write_text(Path(folder) / SENTINEL, json.dumps(shown))
 
 
 def open_chapter(id: str, namespace: Mapping[str, Any]) -> Chapter:
@@ -136,7 +138,7 @@ def no_machine(paper: Paper, preset: str, lacking: str) -> str:
 
 def _recorded(paper: Paper, params: PaperParams, policy: str) -> Record | None:
     """A current record to show for these parameters, if there is one."""
-    if policy == "strongest" and params == type(params)():
+    if policy == "strongest" and params == paper.module().Params():
         return records.strongest(paper)
     kept = [records.path(paper, name) for name, preset in paper.module().PRESETS.items() if preset.params == params]
     earlier = os.environ.get(EARLIER)

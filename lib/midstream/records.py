@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from midstream.measure.intervals import Interval
     from midstream.paper import PaperParams, Result
 
-FORMAT = 1
 STRENGTH = ("paper", "full", "quick")
 """Presets from the strongest evidence to the weakest; presets of other names are weaker still."""
 
@@ -140,7 +139,7 @@ class ClaimVerdict(_Part):
 class Record(_Part):
     """What one run of a paper's experiment found, and everything needed to judge whether it still counts."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     paper: str
     preset: str
     """The preset whose parameters these are; empty for parameters of one's own."""
