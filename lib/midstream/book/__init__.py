@@ -1,0 +1,114 @@
+"""The book: notebooks → executed chapters → HTML.
+
+`build` executes the chapters, writes the generated pages and the API reference, and runs Jupyter Book over
+`book/` with execution switched off. The result is built aside and swapped in, so that a failure leaves the
+last good book where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from midstream import places, records
+from midstream.book import api, chapters, checks, pages
+from midstream.book.chapters import Outcome
+from midstream.errors import MidstreamError
+from midstream.papers import Paper, papers
+
+console = Console(stderr=True)
+
+
+def build(strict: bool = False) -> Path:
+    """Build the book and return its first page.
+
+    With `strict`, warnings are errors, and a page that is missing, an image without alt text or a failed chapter
+    keeps the new book from being put in place. Without it, chapters that failed are replaced by a page that
+    says so. Raises `MidstreamError` in either case when something failed.
+    """
+    root = places.root()
+    started = time.perf_counter()
+    outcomes = prepare_chapters(root / "book")
+    pages.write(root / "book")
+    api.write(root / "book")
+    html = render(root, strict)
+    faults = checks.faults(html, root / "_toc.yml", root / "book")
+    if strict and faults:
+        raise MidstreamError("The book has faults; the last good one was kept:\n- " + "\n- ".join(faults))
+    first = publish(html, root / "_build" / "html") / "index.html"
+    report(first, outcomes, time.perf_counter() - started)
+    if faults:
+        raise MidstreamError("The book was built, with faults:\n- " + "\n- ".join(faults))
+    return first
+
+
+def prepare_chapters(book: Path) -> list[Outcome]:
+    """Execute every chapter that the table of contents names, going on past those that fail."""
+    outcomes = []
+    for paper in chapters_named(book.parent / "_toc.yml"):
+        with console.status(f"chapter {paper.id}"):
+            outcome = chapters.prepare(paper, book)
+        state = "failed" if outcome.error else "unchanged" if outcome.reused else "executed"
+        console.print(f"chapter {paper.id}: {state}, {outcome.seconds:.1f} s")
+        outcomes.append(outcome)
+    return outcomes
+
+
+def chapters_named(toc: Path) -> list[Paper]:
+    """The papers whose chapters the table of contents names; each must be of the register."""
+    named = sorted(page for page in checks.named(toc) if page.startswith("chapters/"))
+    known = {f"chapters/{paper.part}/{paper.id}": paper for paper in papers().values()}
+    strangers = [page for page in named if page not in known]
+    if strangers:
+        raise MidstreamError(f"{toc.name} names {strangers[0]}, which is no paper of the register.")
+    return [known[page] for page in named]
+
+
+def render(root: Path, strict: bool) -> Path:
+    """Run Jupyter Book into `_build/work` and return the folder of its HTML; a strict build starts from nothing."""
+    work = root / "_build" / "work"
+    if strict:
+        shutil.rmtree(work, ignore_errors=True)
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(root / "book")]
+    command += ["--config", str(root / "_config.yml"), "--toc", str(root / "_toc.yml"), "--path-output", str(work)]
+    command += ["-q", "-W", "-n", "--keep-going"] if strict else ["-q"]
+    log = root / "_build" / "sphinx.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with console.status("pages"), log.open("w", encoding="utf-8") as stream:
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, cwd=root)
+    if done.returncode:
+        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-40:])
+        raise MidstreamError(
+            f"Jupyter Book ended with exit code {done.returncode}; the last good book was kept.\n{tail}"
+        )
+    return work / "_build" / "html"
+
+
+def publish(html: Path, target: Path) -> Path:
+    """Put a built book in place of the last one: copied beside it first, then swapped by renaming."""
+    fresh, old = target.with_name("html.new"), target.with_name("html.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(html, fresh)
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def report(first: Path, outcomes: list[Outcome], seconds: float) -> None:
+    """Say where the book is, how to open it, and what its two times are."""
+    quick = [record.seconds for outcome in outcomes if (record := records.find(outcome.paper, "quick"))]
+    folder = first.parent
+    console.print(f"\nThe book: {first} ({len(checks.built(folder))} pages)", highlight=False)
+    console.print(
+        f"Open that file, or: python -m http.server -d {folder} 8000  →  http://localhost:8000", highlight=False
+    )
+    console.print(f"All quick experiments: {sum(quick):.0f} s for {len(quick)} chapters, as recorded.", highlight=False)
+    console.print(f"This book from records: {seconds:.0f} s.", highlight=False)

@@ -1,0 +1,131 @@
+"""From a source notebook to an executed chapter in `book/chapters/`."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from midstream import fingerprint, places, records
+from midstream.errors import MidstreamError
+from midstream.papers import Paper
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one chapter: how long it took, and why it failed where it did."""
+
+    paper: Paper
+    seconds: float
+    reused: bool = False
+    error: str = ""
+
+
+def prepare(paper: Paper, book: Path) -> Outcome:
+    """Put the executed chapter of a paper into the book, or a page that says why there is none.
+
+    A chapter that was executed from the same notebook, code and records is used again.
+    """
+    started = time.perf_counter()
+    target = book / "chapters" / paper.part / f"{paper.id}.ipynb"
+    notice = target.with_suffix(".md")
+    stamp = stamp_of(paper)
+    if stamp and _stamp_in(target) == stamp:
+        return Outcome(paper, time.perf_counter() - started, reused=True)
+    try:
+        notebook = execute(paper)
+    except MidstreamError as error:
+        target.unlink(missing_ok=True)
+        records.write_text(notice, FAILURE_PAGE.format(title=paper.title, reason=error, id=paper.id))
+        return Outcome(paper, time.perf_counter() - started, error=str(error))
+    notice.unlink(missing_ok=True)
+    records.write_text(target, nbformat.writes(presentable(notebook, stamp_of(paper))))
+    return Outcome(paper, time.perf_counter() - started)
+
+
+def presentable(notebook: NotebookNode, stamp: str) -> NotebookNode:
+    """A chapter as the book shows it: no bookkeeping cell, no controls that need a running kernel."""
+    for cell in notebook.cells:
+        if "sentinel" in cell.metadata.get("tags", []):
+            cell.metadata["tags"] = [*cell.metadata["tags"], "remove-cell"]
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["midstream"] = {"stamp": stamp}
+    return notebook
+
+
+def stamp_of(paper: Paper) -> str:
+    """SHA-256 over a chapter's notebook, the code it reaches, and the records it may show."""
+    source = places.notebook(paper.part, paper.id)
+    if not source.is_file():
+        return ""
+    digest = hashlib.sha256(source.read_bytes())
+    for module in sorted({paper.module_name, *imports(nbformat.read(source, as_version=4))}):
+        digest.update(repr(fingerprint.code(module)).encode())
+    for record in sorted(places.results(paper.part, paper.id).glob("*.json")):
+        digest.update(record.read_bytes())
+    return digest.hexdigest()
+
+
+def imports(notebook: NotebookNode) -> set[str]:
+    """The Midstream modules that a notebook's code cells import."""
+    found: set[str] = set()
+    for cell in notebook.cells:
+        if cell.cell_type != "code" or cell.source.startswith("%"):
+            continue
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if name.split(".")[0] == "midstream"}
+
+
+FAILURE_PAGE = """\
+# {title}
+
+The last run of this chapter failed, so there is nothing to show:
+
+```text
+{reason}
+```
+
+To see it happen: `midstream run {id}`.
+"""
+
+
+def execute(paper: Paper) -> NotebookNode:
+    """Run a chapter's notebook with its default parameters in a fresh process."""
+    import os
+    import subprocess
+    import sys
+    import tempfile
+
+    source = places.notebook(paper.part, paper.id)
+    if not source.is_file():
+        raise MidstreamError(f"There is no notebook {source.relative_to(places.root())}.")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "chapter.ipynb"
+        done = subprocess.run(
+            [sys.executable, "-m", "papermill", "-k", "python3", str(source), str(out)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "MIDSTREAM_RUN_DIR": folder},
+        )
+        if done.returncode or not (Path(folder) / "finished").exists():
+            raise MidstreamError((done.stderr or "it did not run to its end").strip()[-2000:])
+        return nbformat.read(out, as_version=4)
+
+
+def _stamp_in(target: Path) -> str:
+    if not target.is_file():
+        return ""
+    return str(nbformat.read(target, as_version=4).metadata.get("midstream", {}).get("stamp", ""))
