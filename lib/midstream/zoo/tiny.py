@@ -141,7 +141,7 @@ def _llava(vocab_size: int) -> nn.Module:
 def _dit(vocab_size: int) -> nn.Module:
     from diffusers import DiTTransformer2DModel  # slow to import, and needed by this family alone
 
-    return DiTTransformer2DModel(
+    model: Any = DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=8,
         in_channels=4,
@@ -151,6 +151,7 @@ def _dit(vocab_size: int) -> nn.Module:
         patch_size=2,
         num_embeds_ada_norm=10,
     )
+    return model
 
 
 _BUILDERS: dict[str, Callable[[int], nn.Module]] = {

@@ -1,0 +1,5 @@
+"""See and change what happens between a model's layers and along its tokens, on unmodified models."""
+
+from midstream.hooks.sites import PARTS, Site, Sites, Stack, sites
+
+__all__ = ["PARTS", "Site", "Sites", "Stack", "sites"]
