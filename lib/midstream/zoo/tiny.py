@@ -15,20 +15,28 @@ from midstream.errors import RequestError
 
 BLOCKS = 4
 WIDTH = 32
+WINDOW = 1024
+"""Tokens that every tiny text model has positions for."""
 _TEXT: dict[str, Any] = {
     "hidden_size": WIDTH,
     "intermediate_size": 2 * WIDTH,
     "num_hidden_layers": BLOCKS,
     "num_attention_heads": 4,
 }
-_GROUPED: dict[str, Any] = {**_TEXT, "num_key_value_heads": 2, "max_position_embeddings": 256}
+_GROUPED: dict[str, Any] = {**_TEXT, "num_key_value_heads": 2, "max_position_embeddings": WINDOW}
 _VISION: dict[str, Any] = {**_TEXT, "image_size": 16, "patch_size": 4}
 _IMAGE_TOKEN = 3  # the id that LLaVA's prompts carry once per image patch
 
 
 def _gpt2(vocab_size: int) -> nn.Module:
     config = hf.GPT2Config(
-        vocab_size=vocab_size, n_embd=WIDTH, n_layer=BLOCKS, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+        vocab_size=vocab_size,
+        n_embd=WIDTH,
+        n_layer=BLOCKS,
+        n_head=4,
+        n_positions=WINDOW,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     return hf.GPT2LMHeadModel(config)
 
@@ -41,7 +49,7 @@ def _opt(vocab_size: int) -> nn.Module:
         num_hidden_layers=BLOCKS,
         num_attention_heads=4,
         word_embed_proj_dim=WIDTH,
-        max_position_embeddings=256,
+        max_position_embeddings=WINDOW,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -77,16 +85,16 @@ def _gemma3(vocab_size: int) -> nn.Module:
 
 
 def _bert(vocab_size: int) -> nn.Module:
-    return hf.BertForMaskedLM(hf.BertConfig(vocab_size=vocab_size, max_position_embeddings=256, **_TEXT))
+    return hf.BertForMaskedLM(hf.BertConfig(vocab_size=vocab_size, max_position_embeddings=WINDOW, **_TEXT))
 
 
 def _roberta(vocab_size: int) -> nn.Module:
-    config = hf.RobertaConfig(vocab_size=vocab_size, max_position_embeddings=256, type_vocab_size=1, **_TEXT)
+    config = hf.RobertaConfig(vocab_size=vocab_size, max_position_embeddings=WINDOW, type_vocab_size=1, **_TEXT)
     return hf.RobertaForMaskedLM(config)
 
 
 def _xlm_roberta(vocab_size: int) -> nn.Module:
-    config = hf.XLMRobertaConfig(vocab_size=vocab_size, max_position_embeddings=256, type_vocab_size=1, **_TEXT)
+    config = hf.XLMRobertaConfig(vocab_size=vocab_size, max_position_embeddings=WINDOW, type_vocab_size=1, **_TEXT)
     return hf.XLMRobertaForMaskedLM(config)
 
 
@@ -118,7 +126,7 @@ def _clip_text(vocab_size: int) -> nn.Module:
     config = hf.CLIPTextConfig(
         vocab_size=vocab_size,
         projection_dim=WIDTH,
-        max_position_embeddings=256,
+        max_position_embeddings=WINDOW,
         pad_token_id=0,
         bos_token_id=vocab_size - 2,
         eos_token_id=vocab_size - 1,
