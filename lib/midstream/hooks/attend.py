@@ -11,8 +11,8 @@ The stages keep their order q, k, v, scores, probs whatever the nesting.
 """
 
 import copy
+import functools
 import inspect
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,8 +20,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from midstream.errors import HookError
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from midstream.errors import HookError
+from midstream.hooks.sites import refuse_compiled, sites
 
 NAME = "midstream"
 # What the eager attention of a module may be made of for `_edited_attention` to be the same formula. Attention sinks,
@@ -87,9 +91,8 @@ def attend(
     edits = {stage: fn for stage, fn in given.items() if fn is not None}
     if not edits:
         raise HookError("attend needs a function for at least one of q, k, v, scores and probs.")
-    _register()
     with ExitStack() as undo:
-        for module, of_stack, layer in _places(model, layers, stack):
+        for module, of_stack, layer in attention_modules(model, layers, stack):
             undo.callback(_leave, module, _enter(module, of_stack, layer, edits), edits)
         yield
 
@@ -106,17 +109,16 @@ class _Switch:
         self.is_eager = implementation == "eager"
         self.stack, self.layer = stack, layer
         self.edits: list[Mapping[str, Edit]] = []
-        self.parameters = list(inspect.signature(forward).parameters)[1:]
         self.call = threading.local()
         self.config = module.config
         self.hook = module.register_forward_pre_hook(self.enter, with_kwargs=True)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the module runs: note what its cache holds, which the attention function itself is not told."""
-        given = dict(zip(self.parameters, args, strict=False)) | kwargs
+        given = named_arguments(module, args, kwargs)
         cache = given.get("past_key_values")
         index = getattr(module, "layer_idx", None) or 0
-        self.call.cross = any(given.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
+        self.call.cross = is_cross(given)
         self.call.past = 0 if cache is None else int(cache.get_query_offset(index))
         self.call.first_key = 0 if cache is None or self.call.cross else int(cache.get_mask_sizes(1, index)[1])
         self.call.position_ids = given.get("position_ids")
@@ -124,8 +126,6 @@ class _Switch:
     def at(self, query: Tensor, key: Tensor, mask: Tensor | None) -> AttentionAt:
         """The place and time of the present call."""
         call, device = self.call, query.device
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask > torch.finfo(mask.dtype).min / 2
         return AttentionAt(
             stack=self.stack,
             layer=self.layer,
@@ -133,7 +133,7 @@ class _Switch:
             past=call.past,
             query_positions=torch.arange(call.past, call.past + query.shape[2], device=device),
             key_positions=torch.arange(call.first_key, call.first_key + key.shape[2], device=device),
-            allowed=mask,
+            allowed=None if mask is None else allowed(mask),
             position_ids=call.position_ids,
         )
 
@@ -245,35 +245,52 @@ def _softmax(scores: Tensor) -> Tensor:
 
 def _full_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask builder that goes with 'midstream': a boolean mask, always written out."""
-    from transformers.masking_utils import sdpa_mask
-
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
-def _register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
+def allowed(mask: Tensor) -> Tensor:
+    """A boolean or additive attention mask as booleans: True where a query may look."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
-    AttentionInterface.register(NAME, _edited_attention)
-    AttentionMaskInterface.register(NAME, _full_mask)
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module call by the names in its `forward`."""
+    return dict(zip(_parameters(_forward(module)), args, strict=False)) | kwargs
+
+
+def is_cross(given: Mapping[str, Any]) -> bool:
+    """Whether a call with these named arguments attends to another sequence."""
+    return given.get("key_value_states") is not None or given.get("encoder_hidden_states") is not None
+
+
+@functools.cache
+def _parameters(forward: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]  # without self
 
 
 def _forward(module: nn.Module) -> Any:
     return inspect.unwrap(type(module).forward)
 
 
-def _places(model: nn.Module, layers: Iterable[int] | None, stack: str | None) -> Iterator[tuple[nn.Module, str, int]]:
-    """Attention modules of the chosen blocks, each with its stack and block number."""
-    chosen = None if layers is None else set(layers)
-    for name, module in model.named_modules():
-        match = re.match(r"(.*?)\.(\d+)(\.|$)", name)
-        if (
-            match
-            and "ALL_ATTENTION_FUNCTIONS" in _forward(module).__code__.co_names
-            and stack in (None, match[1])
-            and (chosen is None or int(match[2]) in chosen)
-        ):
-            yield module, match[1], int(match[2])
+def attention_modules(
+    model: nn.Module, layers: Iterable[int] | None, stack: str | None
+) -> Iterator[tuple[nn.Module, str, int]]:
+    """The attention modules in the chosen blocks of a stack, each with the stack's name and the block's number."""
+    places = sites(model)
+    name, blocks = places.stack(stack).name, places.blocks(stack)
+    chosen = range(len(blocks)) if layers is None else [places.site(("attn", layer), name).block for layer in layers]
+    for number in dict.fromkeys(chosen):
+        refuse_compiled(blocks[number])
+        found = [module for module in blocks[number].modules() if _uses_interface(module)]
+        if not found:
+            kind = type(blocks[number]).__name__
+            raise HookError(f"the attention of {kind} does not go through transformers' AttentionInterface")
+        yield from ((module, name, number) for module in found)
+
+
+def _uses_interface(module: nn.Module) -> bool:
+    code = getattr(_forward(module), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
 def _refuse_other_formulas(module: nn.Module, implementation: str | None, eager: Any) -> None:
@@ -287,3 +304,7 @@ def _refuse_other_formulas(module: nn.Module, implementation: str | None, eager:
     unknown = ["no eager version"] if eager is None else set(eager.__code__.co_names) - set(_KNOWN_FORMULA.split())
     if unknown:
         raise HookError(f"attend does not know how {kind} computes attention (it uses: {', '.join(sorted(unknown))}).")
+
+
+AttentionInterface.register(NAME, _edited_attention)
+AttentionMaskInterface.register(NAME, _full_mask)
