@@ -1,0 +1,301 @@
+"""One dispatcher a module, acting in one order, whatever the order in which contexts were opened:
+
+    cut (arguments to what pruning left) → write and read `in` → route (the block, or what stands in for it)
+    → write → drop (tokens) → read
+
+Within one step the outermost context acts first. Writes come before every other hook on the module, transformers'
+recorders for `output_hidden_states` included; reads come after every other hook, so that they see what the next module
+sees. A second tool's hooks keep their own order between the two.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from midstream.errors import HookError
+from midstream.hooks.sites import Site, Sites
+
+STAGES = ("note", "cut", "write_in", "read_in", "route", "write", "drop", "read")
+
+
+@dataclass(frozen=True)
+class At:
+    """Where and when a function is called."""
+
+    stack: str
+    layer: int
+    part: str
+    past: int  # tokens that the cache held before this forward; 0 in prefill and without a cache
+    positions: Tensor  # (batch or 1, tokens): true positions, also after pruning and with padding
+
+    @property
+    def decoding(self) -> bool:
+        """Whether earlier tokens come from the cache."""
+        return self.past > 0
+
+
+class Run:
+    """What is known of the forward that a stack is in; shared by every context open on the stack."""
+
+    def __init__(self) -> None:
+        self.number = 0  # counts forwards; a forward starts where the blocks' order starts again
+        self.past = 0
+        self.survivors: Tensor | None = None  # places that pruning left, (batch or 1, tokens); None is all
+        self._block = 0
+        self._cache: Callable[[], Cache | None] = lambda: None
+        self._shape: tuple[int, ...] = ()
+        self._position_ids: Tensor | None = None
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache of this forward, if it has one."""
+        return self._cache()
+
+    def begin(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A block is entered: see whether this is a new forward, and how much its cache holds."""
+        if recomputing():
+            return
+        if self.number == 0 or block <= self._block:
+            self.number += 1
+            self.survivors = None
+            self.note_cache(block, args, kwargs)
+        self._block = block
+
+    def note_cache(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the cache among a module's arguments (an empty cache is falsy, so it is looked for by its class)."""
+        cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+        self._cache = (lambda: None) if cache is None else weakref.ref(cache)
+        self.past = 0 if cache is None else int(cache.get_seq_length(block))
+
+    def note_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what `at` is made of: the tokens' number and, where the block is told them, their positions."""
+        self._shape = tuple(stream_in(args, kwargs).shape[:-1])
+        self._position_ids = kwargs.get("position_ids")
+
+    def unfolded(self, x: Tensor) -> Tensor:
+        """A sub-layer's output as (batch, tokens, width), also where the block folds tokens into the batch (OPT)."""
+        return x.reshape(*self._shape, x.shape[-1]) if x.ndim == 2 else x
+
+    def at(self, site: Site, x: Tensor) -> At:
+        """The place and time of a value `x`."""
+        tokens = x.shape[1] if x.ndim > 1 else 1
+        positions = self._position_ids
+        if site.part == "embed" or positions is None or positions.shape[-1] != tokens:
+            places = torch.arange(tokens, device=x.device)[None] if self.survivors is None else self.survivors
+            positions = self.past + places
+        return At(*site[:2], site.part, self.past, positions)
+
+
+class Dispatcher:
+    """Every action on one module, and the hooks that carry them out."""
+
+    def __init__(self, module: nn.Module, run: Run, block: int | None):
+        self.module = module
+        self.run = run
+        self.block = block  # None for modules inside or outside the blocks
+        self.actions: dict[str, list[Callable[..., Any]]] = {stage: [] for stage in STAGES}
+        self._handles: dict[str, Any] = {}
+        self._own_forward: Callable[..., Any] | None = None
+
+    def add(self, stage: str, action: Callable[..., Any]) -> None:
+        """Have `action` carried out at `stage` of each call."""
+        self.actions[stage].append(action)
+        self._settle()
+
+    def remove(self, stage: str, action: Callable[..., Any]) -> None:
+        """Undo `add`; the last action to go takes every hook with it."""
+        stages = self.actions[stage]
+        stages.pop(next(i for i, other in enumerate(stages) if other is action))
+        self._settle()
+        if not any(self.actions.values()):
+            _DISPATCHERS.pop(self.module, None)
+
+    def _settle(self) -> None:
+        """Have exactly the hooks that the present actions need."""
+        module, actions = self.module, self.actions
+        wanted: dict[str, tuple[bool, Callable[[], Any]]] = {
+            "before": (
+                any(actions.values()),
+                lambda: module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            ),
+            "entering": (
+                bool(actions["read_in"]),
+                lambda: module.register_forward_pre_hook(self._entering, with_kwargs=True),
+            ),
+            "after": (
+                bool(actions["write"] or actions["drop"]),
+                lambda: module.register_forward_hook(self._after, prepend=True),
+            ),
+            "leaving": (bool(actions["read"]), lambda: module.register_forward_hook(self._leaving)),
+        }
+        for name, (needed, register) in wanted.items():
+            if needed and name not in self._handles:
+                self._handles[name] = register()
+            elif not needed and name in self._handles:
+                self._handles.pop(name).remove()
+        self._settle_forward()
+
+    def _settle_forward(self) -> None:
+        """Hooks cannot leave a module out, so while there is a route the module's `forward` is one that can."""
+        if self.actions["route"] and self._own_forward is None:
+            self._was_set = "forward" in self.module.__dict__  # accelerate and nnsight set it on the instance too
+            self._own_forward = self.module.forward
+            self._routed = self._route
+            self.module.forward = self._routed
+        elif not self.actions["route"] and self.module.__dict__.get("forward") is getattr(self, "_routed", self):
+            if self._was_set:
+                self.module.forward = self._own_forward  # type: ignore[assignment]
+            else:
+                del self.module.forward
+            self._own_forward = None
+
+    def _route(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._own_forward
+        for action in reversed(self.actions["route"]):
+            call = _around(action, call)
+        return call(*args, **kwargs)  # type: ignore[misc]
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _SUSPENDED:
+            return None
+        if torch.compiler.is_compiling():
+            raise HookError("this model is being compiled while a hook is open; leave the context before compiling")
+        self._stand_outermost()
+        for action in self.actions["note"]:
+            action(args, kwargs)
+        if self.block is None:
+            return None
+        self.run.begin(self.block, args, kwargs)
+        for action in self.actions["cut"]:
+            args, kwargs = action(args, kwargs)
+        self.run.note_arguments(args, kwargs)
+        for action in self.actions["write_in"]:
+            args, kwargs = _with_stream(args, kwargs, action(stream_in(args, kwargs)))
+        return args, kwargs
+
+    def _stand_outermost(self) -> None:
+        """Hooks that others put in since then may stand before `after` or behind the reads; step around them."""
+        for name, hooks, last in (
+            ("entering", self.module._forward_pre_hooks, True),
+            ("after", self.module._forward_hooks, False),
+            ("leaving", self.module._forward_hooks, True),
+        ):
+            if name in self._handles and next(reversed(hooks) if last else iter(hooks)) != self._handles[name].id:
+                hooks.move_to_end(self._handles[name].id, last=last)  # type: ignore[attr-defined]
+
+    def _entering(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not _SUSPENDED:
+            for action in self.actions["read_in"]:
+                action(stream_in(args, kwargs))
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if _SUSPENDED:
+            return None
+        whole = stream_out(output)
+        x = self._unfolded(whole)
+        for stage in ("write", "drop"):
+            for action in self.actions[stage]:
+                x = action(x)
+        x = x.reshape(whole.shape) if self.block is None else x
+        return x if isinstance(output, Tensor) else (x, *output[1:])
+
+    def _leaving(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not _SUSPENDED:
+            x = self._unfolded(stream_out(output))
+            for action in self.actions["read"]:
+                action(x)
+
+    def _unfolded(self, x: Tensor) -> Tensor:
+        return x if self.block is not None else self.run.unfolded(x)
+
+
+_DISPATCHERS: "WeakKeyDictionary[nn.Module, Dispatcher]" = WeakKeyDictionary()
+_RUNS: "WeakKeyDictionary[nn.Module, Run]" = WeakKeyDictionary()
+_SUSPENDED: list[None] = []  # not empty while a forward of the library's own runs
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Let every dispatcher be still, for a forward inside a forward."""
+    _SUSPENDED.append(None)
+    try:
+        yield
+    finally:
+        _SUSPENDED.pop()
+
+
+def run_of(places: Sites, stack: str) -> Run:
+    """The `Run` of a stack."""
+    return _RUNS.setdefault(places.model.get_submodule(places.stack(stack).parent), Run())
+
+
+def act(places: Sites, site: Site, stage: str, action: Callable[..., Any]) -> Callable[[], None]:
+    """Have `action` carried out at a site; call what is returned to undo it."""
+    run = run_of(places, site.stack)
+    within = places.blocks(site.stack)[site.block]
+    module = places.module(site)
+    added = [(_dispatcher(module, run, site.block if module is within else None), stage, action)]
+    if site.part == "embed":
+        added += [(_dispatcher(above, run, None), "note", _noting(run)) for above in places.above(site.stack)]
+    elif module is not within:
+        added.append((_dispatcher(within, run, site.block), "note", _nothing))
+    for dispatcher, at_stage, what in added:
+        dispatcher.add(at_stage, what)
+
+    def undo() -> None:
+        for dispatcher, at_stage, what in reversed(added):
+            dispatcher.remove(at_stage, what)
+
+    return undo
+
+
+def _dispatcher(module: nn.Module, run: Run, block: int | None) -> Dispatcher:
+    known = _DISPATCHERS.get(module)
+    if known is None:
+        known = _DISPATCHERS[module] = Dispatcher(module, run, block)
+    return known
+
+
+def _noting(run: Run) -> Callable[..., None]:
+    return lambda args, kwargs: run.note_cache(0, args, kwargs)
+
+
+def _nothing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keeps a block's dispatcher at work for a site inside the block."""
+
+
+def _around(action: Callable[..., Any], call: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: action(call, args, kwargs)
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running, so that a forward now is gradient checkpointing doing it a second time."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The residual stream among a block's arguments: the first, or the one named `hidden_states`."""
+    x = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(x, Tensor):
+        raise HookError("this block is not given its hidden states as first argument or as `hidden_states`")
+    return x
+
+
+def _with_stream(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+
+def stream_out(output: Any) -> Tensor:
+    """The residual stream in a block's output: the tensor itself, or the first of a tuple (on a tensor, `[0]` would be
+    a batch item)."""
+    x = output[0] if isinstance(output, tuple) else output
+    if not isinstance(x, Tensor):
+        raise HookError(f"expected a block to return a tensor or a tuple that starts with one, not {type(x).__name__}")
+    return x
