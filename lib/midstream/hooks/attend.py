@@ -38,8 +38,9 @@ _KNOWN_FORMULA = """torch nn functional F matmul transpose contiguous softmax dr
 class AttentionAt:
     """Where and when an attention function is called.
 
-    Positions count places along the sequence as the cache has seen it, padding included; `position_ids` are the ones
-    the model passed to this attention (None where it passes none, as GPT-2 and encoders do).
+    `query_positions` and `key_positions` count the tokens that this layer's cache and call have seen, padding included
+    (after pruning or cache editing: of those that are left). `position_ids` are the true ones, where the model tells
+    its attention (encoders do not).
     """
 
     stack: str
