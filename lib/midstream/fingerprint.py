@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from midstream.places import PACKAGE
@@ -27,10 +28,17 @@ def code(module: str, package: Path = PACKAGE) -> dict[str, str]:
         path = _source(name, package)
         if name in reached or path is None:
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-        reached[name] = fingerprint(tree)
-        waiting += _imports(tree, name, path, package)
+        state = path.stat()
+        reached[name], imported = _read(name, path, package, (state.st_mtime_ns, state.st_size))
+        waiting += imported
     return dict(sorted(reached.items()))
+
+
+@cache
+def _read(name: str, path: Path, package: Path, version: tuple[int, int]) -> tuple[str, tuple[str, ...]]:
+    """A file's fingerprint and what it imports; `version` tells an edited file from the one read before."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return fingerprint(tree), tuple(_imports(tree, name, path, package))
 
 
 def fingerprint(tree: ast.AST) -> str:

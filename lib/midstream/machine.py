@@ -75,6 +75,11 @@ def memory_allowed() -> int:
     return total
 
 
+def environment() -> dict[str, str]:
+    """This process's environment for a child that must find the same checkout."""
+    return {**os.environ, "MIDSTREAM_ROOT": str(root())}
+
+
 def _git(*arguments: str) -> str | None:
     command = ["git", "-C", str(root()), *arguments]
     try:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from midstream.paper import PaperParams, Result
 
 STRENGTH = ("paper", "full", "quick")
-"""Presets from the strongest evidence to the weakest; presets of other names are weaker still."""
+"""Presets from the strongest evidence to the weakest; a name such as `paper-gptj` ranks just behind `paper`."""
 
 
 class CorruptRecord(MidstreamError):
@@ -219,7 +219,10 @@ def staleness(record: Record, paper: Paper, params: PaperParams) -> str:
     """Why a record does not count for these parameters, in words; empty when it does."""
     parameters = params.model_dump(mode="json")
     code = fingerprint.code(paper.module_name)
-    here = paper.module().revisions(params)
+    try:
+        here = paper.module().revisions(params)
+    except MidstreamError as error:
+        return f"its models and data cannot be identified here: {error}"
     revisions = {name: _resolved(here[name], record.revisions.get(name)) for name in here}
     if record.key == key_of(parameters, code, revisions):
         return ""
@@ -237,8 +240,8 @@ def code_changes(record: Record, paper: Paper) -> str:
 
 
 def _resolved(here: str, recorded: str | None) -> str:
-    """A Hub branch that this machine cannot resolve to a commit does not contradict the commit recorded elsewhere."""
-    return recorded if recorded and here.endswith("@main") else here
+    """A Hub model or data set this machine has not fetched does not contradict the commit recorded elsewhere."""
+    return recorded if recorded and here.startswith("hub:") else here
 
 
 def _differences(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -330,8 +333,13 @@ def corrupted(paper: Paper) -> list[str]:
 
 def presets_by_strength(paper: Paper) -> list[str]:
     """The names of a paper's presets, the strongest evidence first."""
-    names = list(paper.module().PRESETS)
-    return [name for name in STRENGTH if name in names] + [name for name in names if name not in STRENGTH]
+    return sorted(paper.module().PRESETS, key=weakness)
+
+
+def weakness(preset: str) -> tuple[int, str]:
+    """A preset's place in the order of evidence; the smallest is the strongest."""
+    family = preset.partition("-")[0]
+    return (STRENGTH.index(family) if family in STRENGTH else len(STRENGTH), preset)
 
 
 def _shown(file: Path) -> str:

@@ -30,7 +30,7 @@ def preset(paper: Paper, name: str) -> Preset:
     """A paper's preset by name."""
     known = paper.module().PRESETS
     if name not in known:
-        raise RequestError(f"{paper.id} has no preset '{name}'{_hint(name, known, f'it has {_listed(known)}')}")
+        raise RequestError(f"{paper.id} has no preset '{name}'{hint(name, known, f'it has {listed(known)}')}")
     return known[name]
 
 
@@ -42,14 +42,14 @@ def parameters(paper: Paper, preset_name: str, overrides: Mapping[str, Any]) -> 
 
 
 def typed(paper: Paper, base: Mapping[str, Any], name: str, value: Any) -> Any:
-    """One parameter's value; a text is taken as it is where the field takes texts, else read as JSON."""
+    """One parameter's value; a text is taken as it is if the field takes it, else as JSON, else as a list `a,b`."""
     known = paper.module().Params.model_fields
     if name not in known:
         raise RequestError(_unknown(paper, name))
     if not isinstance(value, str):
         return value
-    readings = [value, *_as_json(value)]
-    return next((reading for reading in readings if _takes(paper, {**base, name: reading}, name)), readings[-1])
+    readings = [value, *_as_json(value), [item.strip() for item in value.split(",")]]
+    return next((reading for reading in readings if _takes(paper, {**base, name: reading}, name)), value)
 
 
 def assignments(pairs: Iterable[str], option: str) -> dict[str, str]:
@@ -95,10 +95,10 @@ def _bounds(schema: Mapping[str, Any]) -> str:
         return f" from {low} to {high}"
     limits = {"minimum": "at least {}", "exclusiveMinimum": "above {}", "maximum": "at most {}"}
     limits |= {"exclusiveMaximum": "below {}", "minLength": "of {} or more characters", "pattern": "of the form {}"}
-    limits |= {"minItems": "of {} or more items", "maxItems": "of at most {} items"}
+    limits |= {"minItems": "of {} or more", "maxItems": "of at most {}"}
     said = [words.format(schema[name]) for name, words in limits.items() if name in schema]
-    inner = f" of items, each {takes(schema['items'])}" if isinstance(schema.get("items"), dict) else ""
-    return inner + (" " + " and ".join(said) if said else "")
+    inner = f" (a,b,…), each {takes(schema['items'])}" if isinstance(schema.get("items"), dict) else ""
+    return (" " + " and ".join(said) if said else "") + inner
 
 
 def _sentence(paper: Paper, values: Mapping[str, Any], error: ValidationError) -> str:
@@ -110,13 +110,13 @@ def _sentence(paper: Paper, values: Mapping[str, Any], error: ValidationError) -
     params = paper.module().Params
     if name not in params.model_fields:
         return _unknown(paper, name)
-    schema = _resolved(params.model_json_schema(), name)
+    schema = field_schema(params.model_json_schema(), name)
     got = values.get(name)
     reason = first["msg"].removeprefix("Value error, ") if first["type"] == "value_error" else ""
     return f"{name} takes {takes(schema)}, got {_shown(got)}{f' ({reason})' if reason else ''}."
 
 
-def _resolved(schema: Mapping[str, Any], name: str) -> dict[str, Any]:
+def field_schema(schema: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A field's part of a JSON Schema, its reference followed."""
     field = dict(schema["properties"][name])
     reference = field.pop("$ref", None)
@@ -147,15 +147,16 @@ def _shown(value: Any) -> str:
 
 def _unknown(paper: Paper, name: str) -> str:
     known = paper.module().Params.model_fields
-    return f"{paper.id} has no parameter '{name}'{_hint(name, known, f'`midstream describe {paper.id}` lists them')}"
+    return f"{paper.id} has no parameter '{name}'{hint(name, known, f'`midstream describe {paper.id}` lists them')}"
 
 
-def _hint(name: str, known: Iterable[str], otherwise: str) -> str:
+def hint(name: str, known: Iterable[str], otherwise: str) -> str:
     """The end of a refusal: the nearest known name, else what to do."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else f"; {otherwise}."
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """`a, b and c`."""
     *rest, last = names
     return f"{', '.join(rest)} and {last}" if rest else last

@@ -132,12 +132,13 @@ def plan(
             raise RequestError(f"{option} takes a number above 0, got {value:g}.")
     if not places.notebook(paper.part, paper.id).is_file():
         raise RequestError(f"{paper.id} has no notebook at {places.notebook(paper.part, paper.id)}.")
+    paper.module().revisions(params)  # refuses names that can be no model or data set
     values = params.model_dump(mode="json")
     return Plan(
         paper=paper,
         preset=name,
         parameters=values,
-        out=request.writable(out or places.runs() / paper.id / (name or _short_hash(values))),
+        out=request.writable(out or places.runs() / paper.id / (name or short_hash(values))),
         minutes=minutes or max(60.0, 4 * chosen.minutes),
         memory_gib=memory_gib or 0.9 * machine.memory_allowed() / machine.GIB,
         policy=policy,
@@ -186,7 +187,7 @@ def lock(target: Path, waiting: Callable[[str], None] = lambda sentence: None) -
     """Hold the one lock on a file or folder; a second holder says so and waits. The lock dies with its process."""
     folder = places.runs() / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(folder / f"{_short_hash(str(target))}.lock")
+    held = filelock.FileLock(folder / f"{short_hash(str(target))}.lock")
     try:
         held.acquire(blocking=False)
     except filelock.Timeout:
@@ -249,14 +250,13 @@ def _execute(planned: Plan, staging: Path, report: Callable[[Progress], None]) -
 
 def _environment(planned: Plan, staging: Path) -> dict[str, str]:
     settings = {
-        "MIDSTREAM_ROOT": str(places.root()),
         RUN_FOLDER: str(staging),
         POLICY: planned.policy,
         EARLIER: str(planned.out / "record.json"),
         "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel of this environment, not another `python3` of the user's
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
-    return {**os.environ, **settings}
+    return {**machine.environment(), **settings}
 
 
 def _watch(process: subprocess.Popen, planned: Plan, report: Callable[[Progress], None]) -> None:
@@ -342,5 +342,6 @@ def _tidy_notebook(file: Path) -> None:
     records.write_text(file, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
-def _short_hash(value: Any) -> str:
+def short_hash(value: Any) -> str:
+    """A name for a set of values: 12 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
