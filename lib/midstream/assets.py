@@ -164,7 +164,7 @@ def disk_faults_told(path: Path, needs: int = 0) -> Iterator[None]:
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or _NO_SPACE in str(error):
             raise AssetError(_disk_full(path, needs)) from error
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise AssetError(
                 f"The cache folder {home()} cannot be written; set MIDSTREAM_HOME to a folder that can."
             ) from error

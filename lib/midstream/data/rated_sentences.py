@@ -14,7 +14,7 @@ import tarfile
 import pandas as pd
 
 from midstream.assets import Card, Package, fetch, size_in_words
-from midstream.data.dataset import Source, balanced, split_by_text
+from midstream.data.dataset import Source, balanced, kept, split_by_text
 
 ARCHIVE = Package(
     name="vaderSentiment",
@@ -93,7 +93,7 @@ MOVIES = Source(
         sha256=ARCHIVE.sha256,
         note="Raters saw a sentence alone, so its rating is not the verdict of the review it comes from.",
     ),
-    rows=movies,
+    rows=lambda: kept("movies", movies, ARCHIVE.sha256),
     labels=lambda: ("negative", "positive"),
     revision=lambda: ARCHIVE.sha256,
 )
@@ -113,7 +113,7 @@ SOURCES = Source(
             "It asks where a sentence is from, not only what it is about."
         ),
     ),
-    rows=sources,
+    rows=lambda: kept("sources", sources, ARCHIVE.sha256),
     labels=lambda: tuple(FILES),
     revision=lambda: ARCHIVE.sha256,
 )
