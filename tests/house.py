@@ -7,8 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import nbformat
 
@@ -28,7 +31,7 @@ from pydantic import Field, model_validator
 
 from midstream.claims import Claim, Comparison, Control, PaperNumber
 from midstream.errors import AssetError
-from midstream.measure.intervals import t_interval
+from midstream.measure import t_interval
 from midstream.paper import PaperParams, Preset, Result
 
 
@@ -77,7 +80,7 @@ def go_wrong(fault):
         with open("/dev/full", "w") as full:
             full.write("x" * 100_000)
     if fault == "memory":
-        hoard = np.ones(200_000_000)
+        hoard = np.ones(100_000_000)  # 0.8 GB
         time.sleep(60)
     if fault == "exit":
         raise SystemExit(0)
@@ -113,37 +116,92 @@ fault = "none"
 """
 
 
+LOOP = """
+import json, sys
+for line in sys.stdin:
+    namespace = {"answer": None}
+    exec(json.loads(line), namespace)
+    print("\\n@" + json.dumps(namespace["answer"]), flush=True)
+"""
+
+
 @dataclass(frozen=True)
 class House:
-    """The folder of a small house and how to run commands in it."""
+    """The folder of a small house and how to run things in it."""
 
     root: Path
+    originals: dict[Path, str] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
         return {**os.environ, "MIDSTREAM_ROOT": str(self.root), "PYTHONPATH": str(self.root / "lib")}
 
     @property
+    def package(self) -> Path:
+        return self.root / "lib/midstream"
+
+    @property
     def paper_file(self) -> Path:
-        return self.root / "lib/midstream/papers/toy/coin.py"
+        return self.package / "papers/toy/coin.py"
 
     def record(self, preset: str) -> Path:
         return self.root / "results/toy/coin" / f"{preset}.json"
 
+    def edit(self, file: str, old: str, new: str) -> None:
+        """Change one place in a file of the package."""
+        path = self.package / file
+        text = path.read_text()
+        assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
+        self.originals.setdefault(path, text)
+        path.write_text(text.replace(old, new))
+
+    def restore(self) -> None:
+        """Undo edits; drop results and runs."""
+        for path, text in self.originals.items():
+            path.write_text(text)
+        self.originals.clear()
+        for folder in ("results", "runs"):
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+
     def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """The command line in a process of its own."""
         command = [sys.executable, "-m", "midstream.cli", *arguments]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=self.environment, stdout=pipe, stderr=pipe, text=True, cwd=self.root)
 
     def midstream(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """The command line, waited for."""
         process = self.start(*arguments)
         out, error = process.communicate(timeout=240)
         return subprocess.CompletedProcess(arguments, process.returncode, out, error)
 
-    def python(self, code: str) -> str:
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True, timeout=120)
-        return done.stdout
+    @contextmanager
+    def python(self) -> Iterator[Python]:
+        """A Python process in this house that answers questions, so that imports are paid for once."""
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            [sys.executable, "-c", LOOP], env=self.environment, stdin=pipe, stdout=pipe, text=True, cwd=self.root
+        )
+        try:
+            yield Python(process)
+        finally:
+            process.stdin.close()
+            process.wait(timeout=60)
+
+
+@dataclass(frozen=True)
+class Python:
+    """A Python process that executes code and gives back what the code leaves in `answer`."""
+
+    process: subprocess.Popen[str]
+
+    def __call__(self, code: str) -> Any:
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        raise AssertionError("the process ended; its traceback is on standard error")
 
 
 def build(root: Path) -> House:
@@ -151,6 +209,8 @@ def build(root: Path) -> House:
     package = root / "lib/midstream"
     shutil.copytree(CHECKOUT / "lib/midstream", package, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     shutil.rmtree(package / "papers/flow")
+    # Without the metrics that need torch, so that a kernel of the toy is up in a second.
+    (package / "measure/__init__.py").write_text("from midstream.measure.intervals import t_interval\n")
     (package / "papers/toy").mkdir()
     (package / "papers/toy/__init__.py").write_text('"""Toys."""\n')
     (package / "papers/toy/coin.py").write_text(PAPER.lstrip())
