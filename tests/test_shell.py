@@ -206,7 +206,9 @@ def test_licences_are_whole() -> None:
 
 
 def test_no_file_holds_a_mark_of_unfinished_work_or_a_path_of_one_machine() -> None:
-    marks = re.compile("|".join(["TO" + "DO", "FIX" + "ME", "raise Not" + "ImplementedError", "/ro" + "ot/", "/wo" + "rk/"]))
+    marks = re.compile(
+        "|".join(["TO" + "DO", "FIX" + "ME", "raise Not" + "ImplementedError", "/ro" + "ot/", "/wo" + "rk/"])
+    )
     suffixes = {".py", ".md", ".yml", ".toml", ".ipynb", ".cff", ".txt", ""}
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
