@@ -92,7 +92,7 @@ simply slightly slowly suddenly surely surprisingly truly usually utterly
 zero two three four five six seven eight nine ten eleven twelve twenty thirty fifty hundred
 monday tuesday wednesday thursday friday saturday sunday january february march april june july august september
 october november december america england france germany london paris york washington hollywood
-anonymous http url removed lol
+anonymous http url removed lol twitter amazon cinema blog website advertisement
 """
 
 WORDS = tuple(dict.fromkeys((_FUNCTION + _VERBS + _NOUNS + _QUALITIES).split()))
