@@ -369,6 +369,20 @@ def test_positions_are_true_when_a_sliding_window_has_dropped_keys():
     assert not seen[0].decoding
 
 
+def test_cross_attention_tells_the_decoders_place_and_the_encoders_keys():
+    model, seen = tiny.build("t5"), []
+    arguments = {**tiny.inputs(model), "decoder_input_ids": ids(2, 3)}
+    settings = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
+    with attend(model, layers=[1], probs=lambda x, at: seen.append(at)):
+        model.generate(**arguments, **settings)
+    own, other = [at for at in seen if not at.cross], [at for at in seen if at.cross]
+    for ats in (own, other):
+        assert [at.query_positions.tolist() for at in ats] == [[0, 1, 2, 3], [4]]  # a start token comes first
+        assert [at.decoding for at in ats] == [False, True]
+    assert [len(at.key_positions) for at in own] == [4, 5]
+    assert [len(at.key_positions) for at in other] == [12, 12]
+
+
 def test_static_caches_are_read_truly():
     from transformers import StaticCache
 

@@ -81,9 +81,9 @@ def attend(
       -inf give zero attention
     - `probs` (batch, heads, query, key): after softmax, before dropout, not renormalised after an edit
 
-    All of them are part of the graph, so `probs.retain_grad()` works where gradients are on. A function that returns
-    None (and changed nothing in place) leaves the layer's own kernel in charge: without gradients no output bit
-    changes. With q, k or v alone the kernel stays as well.
+    All of them are part of the graph, so `probs.retain_grad()` works where gradients are on (gradient checkpointing
+    runs the functions again in the backward pass). A function that returns None and changed nothing in place leaves
+    the layer's own kernel in charge: without gradients no output bit changes. With q, k or v alone the kernel stays.
 
     Raises `HookError` for a compiled model, for attention that does not go through transformers' interface or computes
     something else than softmax(QK + bias)V, and for implementations other than sdpa and eager.
@@ -119,9 +119,11 @@ class _Switch:
         given = named_arguments(module, args, kwargs)
         cache = given.get("past_key_values")
         index = getattr(module, "layer_idx", None) or 0
-        self.call.cross = is_cross(given)
+        self.call.cross = cross = is_cross(given)
         self.call.past = 0 if cache is None else int(cache.get_query_offset(index))
-        self.call.first_key = 0 if cache is None or self.call.cross else int(cache.get_mask_sizes(1, index)[1])
+        if cross and self.call.past:
+            self.call.past -= given["hidden_states"].shape[1]  # self-attention has stored this call's tokens already
+        self.call.first_key = 0 if cache is None or cross else int(cache.get_mask_sizes(1, index)[1])
         self.call.position_ids = given.get("position_ids")
 
     def at(self, query: Tensor, key: Tensor, mask: Tensor | None) -> AttentionAt:
@@ -221,9 +223,8 @@ def _true_mask(
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]) -> Tensor:
     """QK scaled, soft-capped, biased and masked, (batch, heads, query, key); grouped heads share keys uncopied."""
     scaling = kwargs.get("scaling")
-    grouped = query.reshape(
-        query.shape[0], key.shape[1], -1, query.shape[3]
-    )  # (batch, key-value heads, group * query, head_dim)
+    # (batch, key-value heads, group * query, head_dim)
+    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
     scores = (grouped @ key.transpose(2, 3)).reshape(*query.shape[:3], key.shape[2])
     scores = scores * (query.shape[3] ** -0.5 if scaling is None else scaling)
     if kwargs.get("softcap") is not None:
