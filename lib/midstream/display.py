@@ -111,13 +111,14 @@ def seconds_text(seconds: float) -> str:
 
 
 def verdict(text: str) -> str:
-    """A verdict as HTML: sign and word, with a coloured mark beside them."""
+    """A verdict as HTML: sign and word, with a coloured mark beside them; the book's style sheet makes it a badge."""
     kind = "not attempted" if text.startswith("not attempted") else text
     colour, sign = MARKS[kind]
-    shown = escape(text).replace(escape(kind), f"<strong>{escape(kind)}</strong>", 1)
+    badge = "none" if kind == "not attempted" else kind
+    word = f'<strong class="verdict verdict-{badge}"><span aria-hidden="true">{sign}</span> {escape(kind)}</strong>'
     return (
         f'<span class="midstream-verdict" style="border-left:0.3em solid {colour};padding-left:0.4em">'
-        f'<span aria-hidden="true">{sign}</span> {shown}</span>'
+        f"{word}{escape(text.removeprefix(kind))}</span>"
     )
 
 

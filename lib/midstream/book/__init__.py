@@ -11,15 +11,18 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from rich.status import Status
 
 from midstream import places, records
 from midstream.book import api, chapters, checks, pages
 from midstream.book.chapters import Outcome
 from midstream.errors import MidstreamError
 from midstream.papers import Paper, papers
+from midstream.running import Progress
 
 console = Console(stderr=True)
 
@@ -51,12 +54,17 @@ def prepare_chapters(book: Path) -> list[Outcome]:
     """Execute every chapter that the table of contents names, going on past those that fail."""
     outcomes = []
     for paper in chapters_named(book.parent / "_toc.yml"):
-        with console.status(f"chapter {paper.id}"):
-            outcome = chapters.prepare(paper, book)
+        with console.status(f"chapter {paper.id}") as status:
+            outcome = chapters.prepare(paper, book, partial(show_progress, status, paper))
         state = "failed" if outcome.error else "unchanged" if outcome.reused else "executed"
         console.print(f"chapter {paper.id}: {state}, {outcome.seconds:.1f} s")
         outcomes.append(outcome)
     return outcomes
+
+
+def show_progress(status: Status, paper: Paper, progress: Progress) -> None:
+    """Tell in which cell a running chapter is."""
+    status.update(f"chapter {paper.id}: cell {progress.cell} of {progress.cells}")
 
 
 def chapters_named(toc: Path) -> list[Paper]:

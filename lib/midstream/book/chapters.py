@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
-from midstream import fingerprint, places, records
+from midstream import fingerprint, places, records, running
 from midstream.errors import MidstreamError
 from midstream.papers import Paper
+from midstream.running import Progress
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -28,7 +30,7 @@ class Outcome:
     error: str = ""
 
 
-def prepare(paper: Paper, book: Path) -> Outcome:
+def prepare(paper: Paper, book: Path, report: Callable[[Progress], None] = lambda progress: None) -> Outcome:
     """Put the executed chapter of a paper into the book, or a page that says why there is none.
 
     A chapter that was executed from the same notebook, code and records is used again.
@@ -40,7 +42,7 @@ def prepare(paper: Paper, book: Path) -> Outcome:
     if stamp and _stamp_in(target) == stamp:
         return Outcome(paper, time.perf_counter() - started, reused=True)
     try:
-        notebook = execute(paper)
+        notebook = execute(paper, report)
     except MidstreamError as error:
         target.unlink(missing_ok=True)
         records.write_text(notice, FAILURE_PAGE.format(title=paper.title, reason=error, id=paper.id))
@@ -51,7 +53,8 @@ def prepare(paper: Paper, book: Path) -> Outcome:
 
 
 def presentable(notebook: NotebookNode, stamp: str) -> NotebookNode:
-    """A chapter as the book shows it: no bookkeeping cell, no controls that need a running kernel."""
+    """A chapter as the book shows it: defaults set once, no bookkeeping, no controls that need a running kernel."""
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for cell in notebook.cells:
         if "sentinel" in cell.metadata.get("tags", []):
             cell.metadata["tags"] = [*cell.metadata["tags"], "remove-cell"]
@@ -102,27 +105,13 @@ To see it happen: `midstream run {id}`.
 """
 
 
-def execute(paper: Paper) -> NotebookNode:
-    """Run a chapter's notebook with its default parameters in a fresh process."""
-    import os
-    import subprocess
-    import sys
-    import tempfile
-
-    source = places.notebook(paper.part, paper.id)
-    if not source.is_file():
-        raise MidstreamError(f"There is no notebook {source.relative_to(places.root())}.")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "chapter.ipynb"
-        done = subprocess.run(
-            [sys.executable, "-m", "papermill", "-k", "python3", str(source), str(out)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "MIDSTREAM_RUN_DIR": folder},
-        )
-        if done.returncode or not (Path(folder) / "finished").exists():
-            raise MidstreamError((done.stderr or "it did not run to its end").strip()[-2000:])
-        return nbformat.read(out, as_version=4)
+def execute(paper: Paper, report: Callable[[Progress], None]) -> NotebookNode:
+    """Run a notebook with its default parameters in a fresh process; it shows its strongest current record."""
+    if not places.notebook(paper.part, paper.id).is_file():
+        raise MidstreamError(f"There is no notebook notebooks/{paper.part}/{paper.id}.ipynb.")
+    out = places.root() / "_build" / "chapters" / paper.part / paper.id
+    finished = running.run(running.plan(paper.id, out=out, policy="strongest"), report=report)
+    return nbformat.read(finished.notebook, as_version=4)
 
 
 def _stamp_in(target: Path) -> str:

@@ -63,15 +63,12 @@ def counts(shown: dict[str, Record | None]) -> str:
 
 
 def paper_item(paper: Paper) -> str:
-    """One paper as a list item: a link to its chapter, or to arXiv while it is planned."""
+    """One paper as a list item: its title, linked to its chapter where there is one, its state, and arXiv."""
     title = html.escape(paper.title)
-    arxiv = f'<a href="https://arxiv.org/abs/{paper.arxiv}">arXiv {paper.arxiv}</a>' if paper.arxiv else ""
-    if paper.has_chapter:
-        named, state, mark = f'<a href="{chapter_link(paper)}">{title}</a>', "chapter", "chapter"
-    else:
-        named, state, mark = title, "planned", "planned"
-    note = " · ".join(text for text in (state, arxiv) if text)
-    return f'<li class="{mark}">{named} <span class="id">{note}</span></li>'
+    arxiv = f' · <a href="https://arxiv.org/abs/{paper.arxiv}">arXiv</a>' if paper.arxiv else ""
+    state = "chapter" if paper.has_chapter else "planned"
+    named = f'<a href="{chapter_link(paper)}">{title}</a>' if paper.has_chapter else title
+    return f'<li class="{state}">{named} <span class="state">{state}{arxiv}</span></li>'
 
 
 def chapter_link(paper: Paper, anchor: str = "") -> str:
@@ -242,14 +239,9 @@ def _lines(path: Path) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], classes: str) -> str:
-    """An HTML table whose cells know their column, so that a phone can stack them."""
+    """An HTML table; with the class `stacked` a phone shows each row as a card."""
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
-    body = "".join(
-        "<tr>"
-        + "".join(f'<td data-label="{html.escape(c)}">{cell}</td>' for c, cell in zip(columns, row, strict=True))
-        + "</tr>"
-        for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return _raw(f'<div class="scroll"><table class="{classes}">{inner}</table></div>')
 
