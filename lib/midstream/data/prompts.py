@@ -29,7 +29,7 @@ class Template:
 
 TEMPLATES: dict[str, Template] = {
     "movies": Template("Review: ", "\nSentiment:", ("Negative", "Positive")),
-    "sources": Template("Text: ", "\nSource:", ("Movie", "Product", "News", "Tweet")),
+    "sources": Template("Text: ", "\nSource:", ("Movie", "Product", "News", "Twitter")),
     "sst2": Template("Review: ", "\nSentiment:", ("Negative", "Positive")),
     "trec": Template(
         "Question: ",

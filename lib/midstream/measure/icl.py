@@ -45,8 +45,8 @@ def score(
     """Next-token logits (queries, vocabulary) of each query read after a cached prefix.
 
     `position` is the true position of a query's first token: the length of the whole prefix, also where the cache
-    holds only some of it. Queries are padded on the right, which under a causal mask changes no real token. `around(last,
-    indices)` may return a context manager (hooks) for the batch whose queries end at rows `last` (batch,).
+    holds only some of it. Queries are padded on the right, which under a causal mask changes no real token.
+    `around(last, indices)` may return a context manager (hooks) for a batch whose queries end at rows `last`.
     """
     from midstream.hooks.kv import expand
 

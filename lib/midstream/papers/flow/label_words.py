@@ -50,7 +50,6 @@ from midstream import data, zoo
 from midstream.claims import Claim, Comparison, Control, PaperNumber
 from midstream.data.prompts import (
     FORMAT,
-    LABEL,
     TEMPLATES,
     TEXT,
     Demonstrations,
@@ -77,17 +76,17 @@ class Params(PaperParams):
     )
     tasks: tuple[str, ...] = Field(("sources",), min_length=1, description="classification tasks to run")
     n_demos: int = Field(1, ge=1, le=32, description="demonstrations per class")
-    n_queries: int = Field(12, ge=4, le=5000, description="test queries per task and seed, balanced over classes")
-    n_saliency: int = Field(4, ge=1, le=5000, description="queries per task and seed whose saliency is computed")
-    max_chars: int = Field(90, ge=20, le=100_000, description="longest sentence used, in characters")
+    n_queries: int = Field(8, ge=4, le=5000, description="test queries per task and seed, balanced over classes")
+    n_saliency: int = Field(3, ge=1, le=5000, description="queries per task and seed whose saliency is computed")
+    max_chars: int = Field(80, ge=20, le=100_000, description="longest sentence used, in characters")
     isolate: tuple[int, ...] = Field((5,), min_length=1, description="how many first or last layers are isolated")
-    random_sets: int = Field(3, ge=1, le=100, description="draws of random tokens behind every control")
+    random_sets: int = Field(2, ge=1, le=100, description="draws of random tokens behind every control")
     more_shots: int = Field(5, ge=2, le=32, description="demonstrations per class of the more-shot baseline")
-    reweight_samples: int = Field(4, ge=1, le=64, description="training samples per class for β")
-    reweight_epochs: int = Field(2, ge=1, le=100, description="passes over the training samples for β")
+    reweight_samples: int = Field(2, ge=1, le=64, description="training samples per class for β")
+    reweight_epochs: int = Field(1, ge=1, le=100, description="passes over the training samples for β")
     reweight_rate: float = Field(0.01, gt=0, le=1, description="Adam's learning rate for β")
-    batch_size: int = Field(12, ge=1, le=512, description="queries read at once")
-    timing_repeats: int = Field(3, ge=1, le=100, description="timed queries per prompt form and seed")
+    batch_size: int = Field(20, ge=1, le=512, description="queries read at once")
+    timing_repeats: int = Field(2, ge=1, le=100, description="timed queries per prompt form and seed")
 
     @field_validator("tasks")
     @classmethod
@@ -101,12 +100,14 @@ class Params(PaperParams):
 _FULL = Params(
     tasks=("movies", "sources"),
     n_seeds=5,
-    n_queries=96,
-    n_saliency=24,
+    n_queries=60,
+    n_saliency=16,
     isolate=(1, 3, 5, 7),
-    random_sets=20,
+    random_sets=10,
+    reweight_samples=4,
     reweight_epochs=10,
-    timing_repeats=12,
+    max_chars=90,
+    timing_repeats=8,
 )
 _PAPER = {
     "tasks": ("sst2", "trec", "ag_news", "emo"),
@@ -116,6 +117,7 @@ _PAPER = {
     "max_chars": 100_000,
     "isolate": (1, 3, 5, 7),
     "random_sets": 20,
+    "reweight_samples": 4,
     "reweight_epochs": 10,
     "timing_repeats": 100,
 }
@@ -177,7 +179,7 @@ def flow_scores(flow: Tensor, anchors: Tensor, last: Tensor) -> tuple[Tensor, Te
     S_wp: mean over the pairs text → anchor (rows p_k, columns before it). S_pq: mean over anchor → q. S_ww: mean
     over all other pairs below the diagonal, padding left out.
     """
-    batch, tokens = flow.shape[1:3]
+    tokens = flow.shape[-1]
     row, column = torch.meshgrid(torch.arange(tokens), torch.arange(tokens), indexing="ij")
     is_anchor = torch.zeros(tokens, dtype=torch.bool)
     is_anchor[anchors] = True
@@ -300,7 +302,7 @@ def learn_beta(model: Any, cache: Cache, prefix: int, anchors: Tensor, label_ids
 
 
 def learn_bias(logits: Tensor, targets: Tensor, steps: int = 300, rate: float = 0.05) -> Tensor:
-    """A bias (classes,) on the label words' logits (n, classes), fitted by cross-entropy: the plain alternative to β."""
+    """A bias (classes,) on label logits (n, classes), fitted by cross-entropy: the plain alternative to β."""
     bias = torch.zeros(logits.shape[1], requires_grad=True)
     optimizer = torch.optim.Adam([bias], lr=rate)
     with torch.enable_grad():
@@ -508,7 +510,7 @@ def run_attention(bench: Bench, plain: Plain) -> Iterator[dict[str, Any]]:
 
 
 def run_reweighting(bench: Bench, plain: Plain) -> Iterator[dict[str, Any]]:
-    """Rows of accuracy: vanilla, more shots, β on anchors, β on random tokens, and a bias fitted to the same samples."""
+    """Rows of accuracy: vanilla, more shots, β on anchors or on random tokens, and a bias from the same samples."""
     form, params, label_ids = bench.form, bench.params, bench.demos.label_ids
     rank = bench.train.groupby("label").cumcount()
     samples = bench.train[(rank >= params.n_demos) & (rank < params.n_demos + params.reweight_samples)]
