@@ -67,6 +67,8 @@ def assignments(pairs: Iterable[str], option: str) -> dict[str, str]:
 
 def writable(folder: Path) -> Path:
     """An output folder that exists and can be written to, made where it is missing."""
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"Cannot write to the output folder {folder}: it is a file.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test-"):

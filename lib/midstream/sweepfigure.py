@@ -52,7 +52,8 @@ def draw(table: pd.DataFrame, names: Sequence[str], title: str, stem: Path) -> P
 def alt_text(table: pd.DataFrame, scalars: Sequence[str], axis: str, series: str | None) -> str:
     """What the figure shows, in words with the numbers that were drawn."""
     lines = f", one line for each {series}" if series else ""
-    said = [f"{len(scalars)} panels over {axis}{lines}, one dot a run, lines through the means."]
+    panels = f"{len(scalars)} panel{'s' * (len(scalars) > 1)}"
+    said = [f"{panels} over {axis}{lines}, one dot a run, lines through the means."]
     for scalar in scalars:
         means = table.groupby(axis, sort=False)[scalar].mean()
         said.append(f"{scalar}: " + ", ".join(f"{mean:.3g} at {value}" for value, mean in means.items()) + ".")
