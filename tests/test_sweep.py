@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import snakemake.cli
 from house import House, Python, build
 from midstream.sweeping import split
 

@@ -20,6 +20,7 @@ from midstream.figures import PALETTE, use_style
 
 MOST_PANELS = 12
 MOST_SERIES = len(PALETTE)
+MOST_TICKS = 12
 
 
 def draw(table: pd.DataFrame, names: Sequence[str], title: str, stem: Path) -> Path | None:
@@ -74,16 +75,16 @@ def _panel(panel: Axes, table: pd.DataFrame, scalar: str, axis: str, series: str
         means = group[scalar].groupby(where).mean()
         panel.plot(where, group[scalar], "o", color=color, ms=4, alpha=0.5)
         panel.plot(means.index, means, color=color, label=f"{series} = {value}" if series else None)
-    if ticks is not None:
-        panel.set_xticks(range(len(ticks)), ticks)
+    if len(ticks) <= MOST_TICKS:
+        panel.set_xticks(list(ticks), list(ticks.values()))
     panel.set(xlabel=axis, title=scalar)
     if series:
         panel.legend(fontsize=8, frameon=False)
 
 
-def _positions(values: pd.Series) -> tuple[pd.Series, list[str] | None]:
-    """Where values lie on the axis: at themselves when they are numbers, else side by side with their names."""
-    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
-        return values, None
+def _positions(values: pd.Series) -> tuple[pd.Series, dict[float, str]]:
+    """Where values lie on the axis, at themselves when they are numbers, else side by side; and position → label."""
     names = list(dict.fromkeys(map(str, values)))
-    return values.map(lambda value: names.index(str(value))), names
+    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+        return values, {float(name): name for name in names}
+    return values.map(lambda value: names.index(str(value))), dict(enumerate(names))

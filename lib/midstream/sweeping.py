@@ -142,7 +142,7 @@ def sweep(
         records.write_text(planned.out / "table.csv", table.to_csv(index=False))
         from midstream.sweepfigure import draw
 
-        figure = draw(table, planned.names, planned.paper.title, planned.out / "figure")
+        figure = draw(table, planned.names, planned.paper.id, planned.out / "figure")
     return Sweep(planned.out / "table.csv", figure, len(planned.cells), failed)
 
 
