@@ -4,6 +4,8 @@ from midstream.hooks.attend import AttentionAt, attend
 from midstream.hooks.dispatch import At
 from midstream.hooks.kv import kv
 from midstream.hooks.read import Forward, Reading, read
+from midstream.hooks.readout import readout
+from midstream.hooks.route import route
 from midstream.hooks.sites import PARTS, Site, Sites, Stack, sites
 from midstream.hooks.write import write
 
@@ -19,6 +21,8 @@ __all__ = [
     "attend",
     "kv",
     "read",
+    "readout",
+    "route",
     "sites",
     "write",
 ]

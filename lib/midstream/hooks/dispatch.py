@@ -120,27 +120,18 @@ class Dispatcher:
     def _settle(self) -> None:
         """Have exactly the hooks that the present actions need."""
         module, actions = self.module, self.actions
-        wanted: dict[str, tuple[bool, Callable[[], Any]]] = {
-            "before": (
-                any(actions.values()),
-                lambda: module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
-            ),
-            "entering": (
-                bool(actions["read_in"]),
-                lambda: module.register_forward_pre_hook(self._entering, with_kwargs=True),
-            ),
-            "after": (
-                bool(actions["write"] or actions["drop"]),
-                lambda: module.register_forward_hook(self._after, prepend=True),
-            ),
-            "leaving": (bool(actions["read"]), lambda: module.register_forward_hook(self._leaving)),
-        }
-        for name, (needed, register) in wanted.items():
-            if needed and name not in self._handles:
-                self._handles[name] = register()
-            elif not needed and name in self._handles:
-                self._handles.pop(name).remove()
+        self._have("before", any(actions.values()), module.register_forward_pre_hook, self._before, True, True)
+        self._have("entering", bool(actions["read_in"]), module.register_forward_pre_hook, self._entering, False, True)
+        changes = bool(actions["write"] or actions["drop"])
+        self._have("after", changes, module.register_forward_hook, self._after, True, False)
+        self._have("leaving", bool(actions["read"]), module.register_forward_hook, self._leaving, False, False)
         self._settle_forward()
+
+    def _have(self, name: str, needed: bool, register: Any, hook: Any, prepend: bool, with_kwargs: bool) -> None:
+        if needed and name not in self._handles:
+            self._handles[name] = register(hook, prepend=prepend, with_kwargs=with_kwargs)
+        elif not needed and name in self._handles:
+            self._handles.pop(name).remove()
 
     def _settle_forward(self) -> None:
         """Hooks cannot leave a module out, so while there is a route the module's `forward` is one that can."""
@@ -167,7 +158,8 @@ class Dispatcher:
             return None
         if torch.compiler.is_compiling():
             raise HookError("this model is being compiled while a hook is open; leave the context before compiling")
-        self._stand_outermost()
+        if len(module._forward_hooks) + len(module._forward_pre_hooks) > len(self._handles):
+            self._stand_outermost()
         for action in self.actions["note"]:
             action(args, kwargs)
         if self.block is None:

@@ -60,6 +60,7 @@ class Sites:
         self.model = model
         self.stacks = stacks
         self._default = default
+        self._blocks: dict[str, list[nn.Module]] = {}
 
     def __iter__(self) -> Iterator[Site]:
         for stack in self.stacks.values():
@@ -93,8 +94,10 @@ class Sites:
     def blocks(self, stack: str | None = None) -> list[nn.Module]:
         """The blocks of a stack, in order."""
         column = self.stack(stack)
-        parent = self.model.get_submodule(column.parent)
-        return [parent.get_submodule(child) for child in column.children]
+        if column.name not in self._blocks:
+            parent = self.model.get_submodule(column.parent)
+            self._blocks[column.name] = [parent.get_submodule(child) for child in column.children]
+        return self._blocks[column.name]
 
     def above(self, stack: str | None = None) -> list[nn.Module]:
         """The modules a call passes through before it reaches the stack's blocks, outermost first."""
