@@ -43,7 +43,8 @@ def load(
     `name` is a packaged model (`smollm2`, `minilm`, `gemma3-270m`), `tiny:<family>` (random weights), a local folder
     or a Hub id, with `@revision` where a certain one is meant. `device` is `cpu`, `cuda`, `cuda:1` or `auto` (the GPU
     where there is one; a model too large for it is spread). `dtype` is float32 on the CPU and bfloat16 on a GPU
-    unless told. Raises `RequestError` for a name that cannot be one and `AssetError` for a model that cannot be had.
+    unless told. Raises `RequestError` for a name, device, precision or attention that cannot be one and `AssetError`
+    for a model that cannot be had.
     """
     from midstream.zoo.loaded import Loaded, load_folder, load_tiny
 
@@ -119,7 +120,7 @@ _TINY_CARD = Card(
 
 def _local_folder(name: str) -> Path | None:
     """The folder a name stands for; one without a config.json counts only if the name is clearly a path."""
-    path = Path(name).expanduser()
+    path = Path(name or "no name").expanduser()
     if (path / "config.json").exists() or (path.is_dir() and not hub.is_id(name)):
         return path.resolve()
     return None

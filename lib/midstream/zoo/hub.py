@@ -16,7 +16,8 @@ _UNWANTED = ["*/*", "consolidated*"]
 
 def is_id(name: str) -> bool:
     """Whether a name can be a Hub id: `owner/model` or `model`, with `@revision` where one is meant."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name) is not None
+    part = r"[A-Za-z0-9_][\w.-]*"
+    return re.fullmatch(rf"{part}(/{part})?(@{part}(/{part})*)?", name) is not None
 
 
 def folder(name: str) -> Path:

