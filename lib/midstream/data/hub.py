@@ -83,39 +83,46 @@ def _snapshot(data: HubData) -> Path:
     return Path(found)
 
 
-def _source(data: HubData, labels: tuple[str, ...], title: str, what: str, note: str = "") -> Source:
-    page = f"https://huggingface.co/datasets/{data.repository}"
-    card = Card(title, what, page, f"not stated; see {page}", "from the Hub", "", note)
+DATA = {
+    "sst2": HubData("stanfordnlp/sst2", text="sentence", test="validation"),
+    "trec": HubData("CogComp/trec", label="coarse_label"),
+    "ag_news": HubData("fancyzhx/ag_news"),
+    "emo": HubData("SemEvalWorkshop/emo"),
+}
+
+
+def _source(name: str, labels: tuple[str, ...], title: str, what: str, note: str = "") -> Source:
+    page = f"https://huggingface.co/datasets/{DATA[name].repository}"
     return Source(
-        card=card,
-        rows=functools.partial(rows, data),
+        card=Card(title, what, page, f"not stated; see {page}", "from the Hub", "", note),
+        rows=functools.partial(rows, DATA[name]),
         labels=lambda: labels,
-        revision=functools.partial(revision, data),
+        revision=functools.partial(revision, DATA[name]),
     )
 
 
 HUB: dict[str, Source] = {
     "sst2": _source(
-        HubData("stanfordnlp/sst2", text="sentence", test="validation"),
+        "sst2",
         ("negative", "positive"),
         "SST-2",
         "67,349 phrases and sentences of movie reviews and 872 sentences to test on.",
         "The test split is the original's validation split: its own test split has no labels.",
     ),
     "trec": _source(
-        HubData("CogComp/trec", label="coarse_label"),
+        "trec",
         ("abbreviation", "entity", "description", "human", "location", "number"),
         "TREC questions",
         "5,452 questions and 500 to test on, by what kind of thing they ask for.",
     ),
     "ag_news": _source(
-        HubData("fancyzhx/ag_news"),
+        "ag_news",
         ("world", "sports", "business", "sci/tech"),
         "AG News",
         "120,000 news summaries and 7,600 to test on, by topic.",
     ),
     "emo": _source(
-        HubData("SemEvalWorkshop/emo"),
+        "emo",
         ("others", "happy", "sad", "angry"),
         "EmoContext",
         "30,160 dialogues of three turns and 5,509 to test on, by the emotion of the last turn.",
