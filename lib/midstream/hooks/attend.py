@@ -73,7 +73,7 @@ def attend(
     layers: Iterable[int] | None = None,
     stack: str | None = None,
 ) -> Iterator[None]:
-    """Call `fn(x, at)` on attention's inner values in the chosen layers; a returned tensor replaces `x`.
+    """Call `fn(x, at)` on attention's inner values in the chosen layers; a returned tensor of its shape replaces `x`.
 
     - `q` (batch, heads, query, head_dim), `k` and `v` (batch, key-value heads, key, head_dim): after rotary positions
       and after the cache; an edited key is not written back to the cache (see `kv` for that)
@@ -91,7 +91,7 @@ def attend(
     given = {"q": q, "k": k, "v": v, "scores": scores, "probs": probs}
     edits = {stage: fn for stage, fn in given.items() if fn is not None}
     if not edits:
-        raise HookError("attend needs a function for at least one of q, k, v, scores and probs.")
+        raise HookError("attend needs a function for at least one of q, k, v, scores and probs")
     with ExitStack() as undo:
         for module, of_stack, layer in attention_modules(model, layers, stack):
             undo.callback(_leave, module, _enter(module, of_stack, layer, edits), edits)
@@ -156,14 +156,14 @@ class _Switch:
         return x, changed
 
 
-def _checked(result: Tensor, x: Tensor, stage: str, at: AttentionAt) -> Tensor:
-    if not isinstance(result, Tensor) or result.shape != x.shape or result.dtype != x.dtype:
-        came = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else type(result).__name__
-        expected = f"{tuple(x.shape)} {x.dtype}"
+def _checked(result: Any, x: Tensor, stage: str, at: AttentionAt) -> Tensor:
+    if not isinstance(result, Tensor) or result.shape != x.shape:
+        came = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         raise HookError(
-            f"The {stage} function at layer {at.layer} must return None or a {expected} tensor, not {came}."
+            f"the {stage} function at layer {at.layer} must return None or a tensor of shape {tuple(x.shape)}, "
+            f"not {came}"
         )
-    return result
+    return result.to(device=x.device, dtype=x.dtype)
 
 
 def _enter(module: nn.Module, stack: str, layer: int, edits: Mapping[str, Edit]) -> _Switch:
@@ -193,7 +193,7 @@ def _edited_attention(
     """Attention with the open edits applied; called by the model in place of its own kernel."""
     switch = getattr(module.config, "_midstream", None)
     if switch is None or torch.compiler.is_compiling():
-        raise HookError("The attention implementation 'midstream' works inside an attend(...) context, uncompiled.")
+        raise HookError("The attention implementation 'midstream' works inside an attend(...) context, uncompiled")
     mask = attention_mask if switch.is_eager else _true_mask(module, query, key, attention_mask, kwargs)
     at = switch.at(query, key, mask)
     query, key, value = (switch.apply(stage, x, at)[0] for stage, x in (("q", query), ("k", key), ("v", value)))
@@ -301,7 +301,7 @@ def _refuse_other_formulas(module: nn.Module, implementation: str | None, eager:
     if implementation not in ("sdpa", "eager"):
         raise HookError(
             f"attend needs attn_implementation 'sdpa' or 'eager', but {kind} runs on '{implementation}': "
-            "call model.set_attn_implementation('sdpa') first."
+            "call model.set_attn_implementation('sdpa') first"
         )
     unknown = ["no eager version"] if eager is None else set(eager.__code__.co_names) - set(_KNOWN_FORMULA.split())
     if unknown:
