@@ -3,6 +3,7 @@
 from midstream.hooks.attend import AttentionAt, attend
 from midstream.hooks.dispatch import At
 from midstream.hooks.kv import kv
+from midstream.hooks.prune import prune
 from midstream.hooks.read import Forward, Reading, read
 from midstream.hooks.readout import readout
 from midstream.hooks.route import route
@@ -20,6 +21,7 @@ __all__ = [
     "Stack",
     "attend",
     "kv",
+    "prune",
     "read",
     "readout",
     "route",

@@ -1,18 +1,18 @@
 """One dispatcher a module, acting in one order, whatever the order in which contexts were opened:
 
     cut (arguments to what pruning left) → write and read `in` → route (the block, or what stands in for it)
-    → write → drop (tokens) → read
+    → write → restore (pruned tokens) | every other hook on the module | drop (tokens) → read
 
 Within one step the outermost context acts first. Writes come before every other hook on the module, transformers'
-recorders for `output_hidden_states` included; reads come after every other hook, so that they see what the next module
-sees. A second tool's hooks keep their own order between the two.
+recorders for `output_hidden_states` included, so those show what was written; reads come after every other hook, so
+they see what the next module sees. A second tool's hooks keep their own order between the two.
 """
 
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +22,7 @@ from transformers import Cache
 from midstream.errors import HookError
 from midstream.hooks.sites import Site, Sites
 
-STAGES = ("note", "cut", "write_in", "read_in", "route", "write", "drop", "read")
+STAGES = ("note", "cut", "write_in", "read_in", "route", "write", "restore", "cut_out", "drop", "read")
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,21 @@ class At:
         return self.past > 0
 
 
+class Drop(NamedTuple):
+    """Tokens taken away after a block."""
+
+    whole: Tensor  # (batch, tokens, width): the stream before
+    kept: Tensor  # (batch or 1, kept): the places that stay, ascending
+    restore: bool
+
+
 class Run:
     """What is known of the forward that a stack is in; shared by every context open on the stack."""
 
     def __init__(self) -> None:
         self.number = 0  # counts forwards; a forward starts where the blocks' order starts again
         self.past = 0
-        self.survivors: Tensor | None = None  # places that pruning left, (batch or 1, tokens); None is all
+        self.drops: list[Drop] = []  # what pruning took away so far in this forward
         self._block = 0
         self._cache: Callable[[], Cache | None] = lambda: None
         self._shape: tuple[int, ...] = ()
@@ -64,7 +72,7 @@ class Run:
             return
         if self.number == 0 or block <= self._block:
             self.number += 1
-            self.survivors = None
+            self.drops = []
             self.note_cache(block, args, kwargs)
         self._block = block
 
@@ -83,13 +91,28 @@ class Run:
         """A sub-layer's output as (batch, tokens, width), also where the block folds tokens into the batch (OPT)."""
         return x.reshape(*self._shape, x.shape[-1]) if x.ndim == 2 else x
 
+    def survivors(self, length: int) -> Tensor | None:
+        """Which places of a sequence of `length` tokens pruning left, (batch or 1, kept); None where it took none.
+
+        `length` is the sequence's own or that after an earlier pruning.
+        """
+        left: Tensor | None = None
+        for drop in self.drops:
+            if left is not None:
+                left = left.expand(max(len(left), len(drop.kept)), -1)
+                left = left.gather(1, drop.kept.expand(len(left), -1))
+            elif drop.whole.shape[1] == length:
+                left = drop.kept
+        return left
+
     def at(self, site: Site, x: Tensor) -> At:
         """The place and time of a value `x`."""
         tokens = x.shape[1] if x.ndim > 1 else 1
         positions = self._position_ids
         if site.part == "embed" or positions is None or positions.shape[-1] != tokens:
-            places = torch.arange(tokens, device=x.device)[None] if self.survivors is None else self.survivors
-            positions = self.past + places
+            every = self.drops[0].whole.shape[1] if self.drops and site.part != "embed" else tokens
+            left = self.survivors(every)
+            positions = self.past + (torch.arange(tokens, device=x.device)[None] if left is None else left)
         return At(*site[:2], site.part, self.past, positions)
 
 
@@ -122,9 +145,9 @@ class Dispatcher:
         module, actions = self.module, self.actions
         self._have("before", any(actions.values()), module.register_forward_pre_hook, self._before, True, True)
         self._have("entering", bool(actions["read_in"]), module.register_forward_pre_hook, self._entering, False, True)
-        changes = bool(actions["write"] or actions["drop"])
+        changes, leaves = (any(actions[stage] for stage in stages) for stages in (_AFTER, _LEAVING))
         self._have("after", changes, module.register_forward_hook, self._after, True, False)
-        self._have("leaving", bool(actions["read"]), module.register_forward_hook, self._leaving, False, False)
+        self._have("leaving", leaves, module.register_forward_hook, self._leaving, False, False)
         self._settle_forward()
 
     def _have(self, name: str, needed: bool, register: Any, hook: Any, prepend: bool, with_kwargs: bool) -> None:
@@ -188,26 +211,28 @@ class Dispatcher:
                 action(stream_in(args, kwargs))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self._through(_AFTER, output)
+
+    def _leaving(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self._through(_LEAVING, output)
+
+    def _through(self, stages: tuple[str, ...], output: Any) -> Any:
+        """Take a module's output through the actions of some stages; None where they left it as it was."""
         if _SUSPENDED:
             return None
         whole = stream_out(output)
-        x = self._unfolded(whole)
-        for stage in ("write", "drop"):
+        x = unfolded = whole if self.block is not None else self.run.unfolded(whole)
+        for stage in stages:
             for action in self.actions[stage]:
                 x = action(x)
-        x = x.reshape(whole.shape) if self.block is None else x
+        if x is unfolded:
+            return None
+        x = x if self.block is not None else x.reshape(whole.shape)
         return x if isinstance(output, Tensor) else (x, *output[1:])
 
-    def _leaving(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not _SUSPENDED:
-            x = self._unfolded(stream_out(output))
-            for action in self.actions["read"]:
-                action(x)
 
-    def _unfolded(self, x: Tensor) -> Tensor:
-        return x if self.block is not None else self.run.unfolded(x)
-
-
+_AFTER = ("write", "restore")
+_LEAVING = ("cut_out", "drop", "read")
 _DISPATCHERS: "WeakKeyDictionary[nn.Module, Dispatcher]" = WeakKeyDictionary()
 _RUNS: "WeakKeyDictionary[nn.Module, Run]" = WeakKeyDictionary()
 _SUSPENDED: list[None] = []  # not empty while a forward of the library's own runs

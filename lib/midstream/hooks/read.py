@@ -93,15 +93,16 @@ def read(
 
 def _record(
     reading: Reading, run: Run, site: Site, keep: Callable[[Tensor], Any] | None, grad: bool, x: Tensor
-) -> None:
+) -> Tensor:
     if recomputing():
-        return
+        return x
     number = 0 if site.part == "embed" else run.number
     last = reading.forwards[-1] if reading.forwards else None
     if last is None or last.number != number or site.block in last:
         last = Forward(number, run.past)
         reading.forwards.append(last)
     last[site.block] = _with_gradient(x, keep) if grad else _kept(x.detach(), keep)
+    return x
 
 
 def _kept(x: Tensor, keep: Callable[[Tensor], Any] | None) -> Any:

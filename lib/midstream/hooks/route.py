@@ -91,15 +91,16 @@ class _Path:
         self.exit = (-1, 0)  # (forward, block) of the latest early exit
         self.beside: tuple[int, tuple[Any, ...]] = (-1, ())  # (forward, what its last block returned beside the stream)
 
-    def ask(self, block: int, x: Tensor) -> None:
+    def ask(self, block: int, x: Tensor) -> Tensor:
         """After a block: let `stop` decide."""
         if self.decide is None or recomputing() or self.leaves_out(block):
-            return
+            return x
         answer = self.decide(block, x)
         if isinstance(answer, Tensor) and answer.numel() != 1:
             raise HookError("stop must give one answer for the whole batch; reduce it, for instance with .all()")
         if answer:
             self.exit = (self.run.number, block)
+        return x
 
     def leaves_out(self, block: int) -> bool:
         """Whether this block has no part in this forward."""
@@ -143,8 +144,8 @@ class _Path:
         keys = getattr(cache.layers[block], "keys", None)
         if keys is not None and keys.numel() and bool(keys[0, 0, :, 0].isnan().any()):
             raise HookError(
-                f"block {block} would attend to tokens of a forward in which it was left out: leave out the same blocks "
-                "throughout, crop the cache first, or open route with propagate=True"
+                f"block {block} would attend to tokens of a forward in which it was left out: leave out the same "
+                "blocks throughout, crop the cache first, or open route with propagate=True"
             )
 
 
