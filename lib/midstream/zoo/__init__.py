@@ -61,6 +61,8 @@ def fetch(name: str) -> Path:
     """Make sure that a model is on this machine, and say in which folder; raises as `load` does."""
     if name in packaged.PACKAGED:
         return packaged.folder(name)
+    if name.startswith("tiny:"):
+        raise RequestError(f"{name} is made on the spot; there is nothing to fetch.")
     if local := _local_folder(name):
         return local
     _require_hub_id(name)

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from midstream.errors import AssetError
+from midstream.hub import fetch_snapshot
 from midstream.zoo.bars import bars_only_on_a_terminal
 
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -55,25 +55,13 @@ def _is_complete(snapshot: Path) -> bool:
 
 
 def _fetch(name: str) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
     repository, wanted = _parts(name)
-    try:
-        with bars_only_on_a_terminal():
-            return Path(
-                snapshot_download(repository, revision=wanted, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
-            )
-    except errors.GatedRepoError as error:
-        raise AssetError(
-            f"{repository} is gated: accept its licence at https://huggingface.co/{repository} and log in with "
-            "`hf auth login`, then try again."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise AssetError(f"The Hub has no model {repository}, or shows it only to those logged in.") from error
-    except errors.RevisionNotFoundError as error:
-        raise AssetError(f"The Hub's model {repository} has no revision {wanted}.") from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise AssetError(
-            f"{name} is not in the Hugging Face cache and the Hub cannot be reached; connect to the network, or use a "
-            "packaged model (smollm2, minilm, gemma3-270m), a tiny one (tiny:llama) or a local folder."
-        ) from error
+    with bars_only_on_a_terminal():
+        return fetch_snapshot(
+            repository,
+            wanted,
+            kind="model",
+            wanted=_WANTED,
+            unwanted=_UNWANTED,
+            instead="a packaged model (smollm2, minilm, gemma3-270m), a tiny one (tiny:llama) or a local folder",
+        )

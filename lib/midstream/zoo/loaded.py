@@ -83,7 +83,10 @@ def _read_weights(model_class: Any, folder: Path, name: str, options: dict[str, 
             **options,
         )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise AssetError(f"The checkpoint of {name} in {folder} cannot be read: {_first_line(error)}") from error
+        raise AssetError(
+            f"The checkpoint of {name} in {folder} cannot be read ({_first_line(error).rstrip('.')}); if it is "
+            "damaged, remove that folder and load it again."
+        ) from error
     # encoders are often saved without the pooler, which only next-sentence prediction uses
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if missing:
