@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import html
+import inspect
 import io
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import HTML, display
+from IPython.display import HTML, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
@@ -71,6 +74,18 @@ def explore(render: Callable[..., tuple[Figure, str]], **knobs: Sequence[Any]) -
         for name, values in knobs.items()
     }
     display(ipywidgets.interactive(redraw, **controls))
+
+
+def source(*functions: Callable[..., Any]) -> None:
+    """Displays the code of library functions without their docstrings, so that a page shows what really runs."""
+    for function in functions:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        body = tree.body[0]
+        lines = textwrap.dedent(inspect.getsource(function)).splitlines()
+        if isinstance(body, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(body) is not None:
+            text = body.body[0]
+            del lines[text.lineno - 1 : text.end_lineno]
+        display(Markdown("```python\n" + "\n".join(lines) + "\n```"))
 
 
 def _film(render: Callable[..., tuple[Figure, str]], knobs: Mapping[str, Sequence[Any]]) -> None:

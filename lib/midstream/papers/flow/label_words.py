@@ -109,24 +109,25 @@ _FULL = Params(
     max_chars=90,
     timing_repeats=8,
 )
-_PAPER = {
-    "tasks": ("sst2", "trec", "ag_news", "emo"),
-    "n_seeds": 5,
-    "n_queries": 1000,
-    "n_saliency": 1000,
-    "max_chars": 100_000,
-    "isolate": (1, 3, 5, 7),
-    "random_sets": 20,
-    "reweight_samples": 4,
-    "reweight_epochs": 10,
-    "timing_repeats": 100,
-}
+_PAPER = Params(
+    model="openai-community/gpt2-xl",
+    tasks=("sst2", "trec", "ag_news", "emo"),
+    n_seeds=5,
+    n_queries=1000,
+    n_saliency=1000,
+    max_chars=100_000,
+    isolate=(1, 3, 5, 7),
+    random_sets=20,
+    reweight_samples=4,
+    reweight_epochs=10,
+    timing_repeats=100,
+)
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(Params(), "one task, three seeds: see the method at work", minutes=1, memory_gib=4),
     "full": Preset(_FULL, "two tasks, five seeds: settle the claims", minutes=45, memory_gib=12),
     "paper": Preset(
-        Params(model="openai-community/gpt2-xl", **_PAPER),
+        _PAPER,
         "the paper's first model and its four tasks",
         minutes=600,
         memory_gib=24,
@@ -134,7 +135,7 @@ PRESETS: dict[str, Preset] = {
         gpus=1,
     ),
     "paper-gptj": Preset(
-        Params(model="EleutherAI/gpt-j-6b", **_PAPER),
+        _PAPER.model_copy(update={"model": "EleutherAI/gpt-j-6b"}),
         "the paper's second model and its four tasks",
         minutes=1200,
         memory_gib=80,
@@ -557,7 +558,7 @@ def run_compression(bench: Bench, plain: Plain) -> Iterator[dict[str, Any]]:
     for _ in range(bench.params.random_sets):
         cache = compress(bench.cache, bench.demos, random_tokens(bench.demos, generator))
         rows.append(row("random", bench.score(cache, bench.prefix), len(kept)))
-    yield pd.DataFrame(rows).groupby("method").mean().reset_index().to_dict("records")[0]
+    yield {"method": "random", **pd.DataFrame(rows).mean(numeric_only=True).to_dict()}
     yield {**max(rows, key=lambda entry: entry["label_loyalty"]), "method": "best random"}
 
 
