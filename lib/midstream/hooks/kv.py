@@ -136,20 +136,26 @@ def positions(mask: Tensor, start: int | Tensor = 0) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0) + offset
 
 
-def select(cache: Any, indices: Tensor | Sequence[int] | Mapping[int, Tensor | Sequence[int]]) -> Any:
+def select(
+    cache: Any, indices: Tensor | Sequence[int] | Mapping[int, Tensor | Sequence[int]], *, until: int | None = None
+) -> Any:
     """A new cache with only the entries at `indices`, in that order.
 
     `indices` are places in the cache: (kept,) for all rows and heads, (batch, kept) or (batch, key-value heads, kept);
-    a mapping gives each layer its own and leaves the layers it does not name whole.
+    a mapping gives each layer its own and leaves the layers it does not name whole. Layers with a sliding window are
+    refused, unless `until` promises that no later call goes beyond that true position and the window reaches so far.
     """
     by_layer = indices if isinstance(indices, Mapping) else dict.fromkeys(range(len(cache)), indices)
 
     def edit(layer: Any, number: int) -> Any:
         if number not in by_layer or layer.keys is None:
             return layer
-        _refuse_sliding(layer.is_sliding, f"select cannot drop entries of layer {number}")
+        reaches = layer.is_sliding and until is not None and until <= layer.sliding_window
+        _refuse_sliding(layer.is_sliding and not reaches, f"select cannot drop entries of layer {number}")
         places = _places(by_layer[number], layer.keys)
         layer.keys, layer.values = (torch.take_along_dim(x, places, dim=2) for x in (layer.keys, layer.values))
+        if layer.is_sliding:
+            layer.cumulative_length = layer.keys.shape[2]
         return layer
 
     return _rebuilt(cache, edit)

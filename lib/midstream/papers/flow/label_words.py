@@ -230,9 +230,15 @@ def attention_to(
 
     def look(attention_weights: Tensor, at: Any) -> None:
         rows = attention_weights[torch.arange(len(last)), :, last.to(attention_weights.device)]  # (batch, heads, key)
-        seen.setdefault(at.layer, []).append(rows[:, :, anchors].sum(1).float().cpu())
+        is_anchor = _at_anchors(anchors, at).to(rows)
+        seen.setdefault(at.layer, []).append((rows.sum(1) @ is_anchor.T).float().cpu())
 
     return attend(model, probs=look)
+
+
+def _at_anchors(anchors: Tensor, at: Any) -> Tensor:
+    """Which keys of this call are which anchor (demos, key); one beyond a sliding window is none of them."""
+    return anchors.to(at.key_positions)[:, None] == at.key_positions
 
 
 def by_class(per_demo: Tensor, classes: Tensor, n_classes: int) -> Tensor:
@@ -252,14 +258,12 @@ def share_of_auc(aucs: Sequence[float]) -> np.ndarray:
 def reweight(model: Any, beta: Tensor, anchors: Tensor, last: Tensor) -> AbstractContextManager[Any]:
     """A(q, p_k) ← exp(β) A(q, p_k) at each query's last row, without renormalising.
 
-    `beta` (layers, heads, demos), `anchors` (demos,) key indices, `last` (batch,) row indices within this call.
+    `beta` (layers, heads, demos), `anchors` (demos,) positions, `last` (batch,) row indices within this call.
     """
 
     def scale(attention_weights: Tensor, at: Any) -> Tensor:
-        queries, keys = attention_weights.shape[-2:]
-        is_last = torch.nn.functional.one_hot(last.to(beta.device), queries).to(beta)  # (batch, query)
-        is_anchor = torch.nn.functional.one_hot(anchors.to(beta.device), keys).to(beta)  # (demos, key)
-        growth = beta[at.layer].expm1() @ is_anchor  # (heads, key)
+        is_last = torch.nn.functional.one_hot(last.to(beta.device), attention_weights.shape[-2]).to(beta)
+        growth = beta[at.layer].expm1() @ _at_anchors(anchors, at).to(beta)  # (heads, key)
         factor = 1 + is_last[:, None, :, None] * growth[None, :, None, :]
         return attention_weights * factor.to(attention_weights)
 
@@ -333,12 +337,13 @@ def kept_positions(demos: Demonstrations, chosen: Tensor) -> Tensor:
     return keep.nonzero().flatten()
 
 
-def compress(cache: Cache, demos: Demonstrations, chosen: Tensor) -> Cache:
+def compress(cache: Cache, demos: Demonstrations, chosen: Tensor, until: int | None = None) -> Cache:
     """Hidden_anchor (`chosen` = anchors) or Hidden_random: the prefix's keys and values at the kept positions only.
 
-    Keys carry the position they were computed at; queries keep theirs, so nothing has to be shifted.
+    Keys carry the position they were computed at; queries keep theirs, so nothing has to be shifted. A model with
+    sliding windows needs `until`, the last true position any query reaches, and a window as long.
     """
-    return select(cache, kept_positions(demos, chosen))
+    return select(cache, kept_positions(demos, chosen), until=until)
 
 
 def random_tokens(demos: Demonstrations, generator: torch.Generator) -> Tensor:
@@ -399,6 +404,15 @@ class Bench:
     def prefix(self) -> int:
         """Length of the whole prefix: the true position of a query's first token."""
         return len(self.demos)
+
+    @property
+    def end(self) -> int:
+        """Length of the longest prompt."""
+        return self.prefix + max(len(tokens) for tokens in self.queries)
+
+    def compressed(self, chosen: Tensor) -> Cache:
+        """The prefix's keys and values at the template's tokens and the chosen ones."""
+        return compress(self.cache, self.demos, chosen, self.end)
 
     def score(self, cache: Cache, position: int, around: Callable | None = None) -> Tensor:
         """Next-token logits (queries, vocabulary) of the test queries behind a cache."""
@@ -551,21 +565,21 @@ def run_compression(bench: Bench, plain: Plain) -> Iterator[dict[str, Any]]:
 
     kept = kept_positions(bench.demos, bench.demos.anchors)
     yield row("all", plain.logits, bench.prefix)
-    yield row("anchors", bench.score(select(bench.cache, kept), bench.prefix), len(kept))
+    yield row("anchors", bench.score(bench.compressed(bench.demos.anchors), bench.prefix), len(kept))
     text = prefill(bench.model, bench.demos.ids[kept])
     yield row("text", bench.score(text, len(kept)), len(kept))
     generator, rows = bench.randomness(5), []
     for _ in range(bench.params.random_sets):
-        cache = compress(bench.cache, bench.demos, random_tokens(bench.demos, generator))
+        cache = bench.compressed(random_tokens(bench.demos, generator))
         rows.append(row("random", bench.score(cache, bench.prefix), len(kept)))
-    yield {"method": "random", **pd.DataFrame(rows).mean(numeric_only=True).to_dict()}
+    means = pd.DataFrame(rows).mean(numeric_only=True)
+    yield {"method": "random", **{str(name): float(value) for name, value in means.items()}}
     yield {**max(rows, key=lambda entry: entry["label_loyalty"]), "method": "best random"}
 
 
 def run_speed(bench: Bench) -> Iterator[dict[str, Any]]:
     """Rows of seconds for one query read with the whole prompt, with its cached prefix, and with anchors only."""
-    kept = kept_positions(bench.demos, bench.demos.anchors)
-    small = select(bench.cache, kept)
+    small = bench.compressed(bench.demos.anchors)
     nothing = torch.tensor([], dtype=torch.long)
     forms: dict[str, Callable[[], tuple[Cache, Tensor, int]]] = {
         "whole prompt": lambda: (None, bench.demos.ids, 0),
@@ -590,13 +604,19 @@ def _seconds(model: Any, front: Tensor, tokens: Tensor, cache: Cache, position: 
     return time.perf_counter() - start
 
 
+@torch.no_grad()
+def anchor_keys(bench: Bench, layer: int) -> Tensor:
+    """Keys (key heads, classes, width) at the label words in one layer, averaged over a class's demonstrations."""
+    kept: list[Tensor] = []
+    with attend(bench.model, k=lambda keys, at: kept.append(keys[0][:, bench.demos.anchors]), layers=[layer]):
+        bench.model(bench.demos.ids.to(bench.model.device)[None], logits_to_keep=1)
+    weights = torch.nn.functional.one_hot(bench.demos.classes, len(bench.form.labels)).float()
+    return torch.einsum("hpd,pc->hcd", kept[0].float().cpu(), weights / weights.sum(0))
+
+
 def run_diagnosis(bench: Bench, plain: Plain) -> Iterator[dict[str, Any]]:
     """Rows of predicted closeness (anchor keys) and actual separability (AUC) for every pair of classes."""
-    n_classes = len(bench.form.labels)
-    keys = bench.cache.layers[plain.layer].keys[0][:, bench.demos.anchors].float().cpu()
-    weights = torch.nn.functional.one_hot(bench.demos.classes, n_classes).float()
-    per_class = torch.einsum("hpd,pc->hcd", keys, weights / weights.sum(0))
-    distances = key_distances(plain.query_vectors, per_class)
+    distances = key_distances(plain.query_vectors, anchor_keys(bench, plain.layer))
     for (i, j), separable in pair_aucs(plain.logits[:, bench.demos.label_ids], bench.gold).items():
         yield {
             "class_i": bench.form.labels[i],
