@@ -165,7 +165,7 @@ def test_models_and_data_are_listed_with_licences(midstream: Midstream) -> None:
     assert "movies" in found["data"]
 
 
-def test_a_run_that_is_recorded_changes_state_and_ledger_and_is_verified(midstream: Midstream) -> None:
+def test_a_run_that_is_recorded_changes_state_and_ledger(midstream: Midstream) -> None:
     unrecorded = midstream.json("ledger")
     assert [row["direction"] for row in unrecorded] == ["not recorded"]
     code, out, error = midstream("run", "coin", "--record", "--json")
@@ -177,9 +177,6 @@ def test_a_run_that_is_recorded_changes_state_and_ledger_and_is_verified(midstre
     [row] = midstream.json("ledger")
     assert (row["direction"], row["number"]) == ("holds", "not attempted: needs a GPU with 24 GiB")
     assert row["ours"] == "heads: 0.913 [0.81, 1.02]"
-    [report] = midstream.json("verify")
-    assert report["agrees"]
-    assert "Computed on" in midstream("run", "coin", "--fresh")[1]
 
 
 def test_verify_ends_with_1_where_numbers_differ(midstream: Midstream) -> None:
@@ -195,4 +192,4 @@ records.save(record.model_copy(update={"scalars": {"heads": 0.1}}), records.path
     code, out, error = midstream("verify", "coin", "--preset", "full")
     assert code == 1
     assert out.startswith("coin full: differs in heads: kept 0.1, now 0.9")
-    assert error.endswith("midstream: 1 of 1 records differ from what was computed now.\n")
+    assert error.endswith("midstream: 1 of 1 records do not agree with what was computed now.\n")

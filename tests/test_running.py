@@ -169,6 +169,14 @@ def test_without_its_machine_or_a_record_a_preset_is_refused(ask: Asking) -> Non
     )
 
 
+def test_a_corrupted_record_is_told_in_the_banner_and_computed_again(house: House, ask: Asking) -> None:
+    house.record("quick").parent.mkdir(parents=True)
+    house.record("quick").write_text('{"format": 1')
+    origin, banner = ask("run = open_chapter('coin', defaults); answer = [run.origin, str(run.banner())]")
+    assert origin == "computed"
+    assert "The record results/toy/coin/quick.json is corrupted and does not count" in banner
+
+
 def test_a_parameters_cell_that_lacks_a_field_is_refused(ask: Asking) -> None:
     code = "del defaults['bias']; answer = refused(lambda: open_chapter('coin', defaults))"
     assert ask(code) == ["RequestError", "The parameters cell of coin does not set bias."]
@@ -194,11 +202,10 @@ finally:
 COMPARED = """
 from midstream import verifying
 record = keep("quick")
-target = verifying.Target(coin, "quick", record)
 def with_heads(change):
     columns = record.tables["coins"]
     tables = {"coins": {**columns, "heads": [change(value) for value in columns["heads"]]}}
-    return list(verifying.compare(target, record.model_copy(update={"tables": tables})).differences)
+    return verifying.compare(coin, record, record.model_copy(update={"tables": tables}))
 """
 
 
@@ -217,10 +224,10 @@ def test_zero_is_not_within_the_tolerance_of_a_small_number(ask: Asking) -> None
 def test_a_changed_verdict_text_or_row_count_differs(ask: Asking) -> None:
     code = """
 claim = record.claims[0].model_copy(update={"direction": "fails"})
-verdict = verifying.compare(target, record.model_copy(update={"claims": (claim,)})).differences
+verdict = verifying.compare(coin, record, record.model_copy(update={"claims": (claim,)}))
 shorter = {"coins": {name: column[:2] for name, column in record.tables["coins"].items()}}
-rows = verifying.compare(target, record.model_copy(update={"tables": shorter})).differences
-answer = [list(verdict), list(rows)]
+rows = verifying.compare(coin, record, record.model_copy(update={"tables": shorter}))
+answer = [verdict, rows]
 """
     verdict, rows = ask(COMPARED + code)
     assert verdict == ["claim heads: kept holds, now fails"]
@@ -230,8 +237,8 @@ answer = [list(verdict), list(rows)]
 def test_measured_times_are_left_out_where_the_paper_says_so(ask: Asking) -> None:
     later = "[value + 1000 for value in record.tables['coins']['seconds']]"
     code = f"tables = {{'coins': {{**record.tables['coins'], 'seconds': {later}}}}}\n"
-    compare = "verifying.compare(target, record.model_copy(update={'tables': tables})).differences"
-    assert ask(f"{COMPARED}{code}answer = list({compare})") == []
+    compare = "verifying.compare(coin, record, record.model_copy(update={'tables': tables}))"
+    assert ask(f"{COMPARED}{code}answer = {compare}") == []
 
 
 def test_stale_picks_out_the_records_that_no_longer_count(house: House, ask: Asking) -> None:
@@ -240,6 +247,20 @@ def test_stale_picks_out_the_records_that_no_longer_count(house: House, ask: Ask
     assert ask(stale) == []
     house.edit("papers/toy/coin.py", '"settles it"', '"settles it all"')
     assert ask(stale) == ["full", "quick"]
+
+
+def test_records_that_cannot_be_computed_here_are_skipped_and_failures_reported(house: House, ask: Asking) -> None:
+    code = """
+from midstream import verifying
+keep("paper"); keep("full"); records.path(coin, "quick").write_text("{")
+def broken(planned):
+    raise running.Fault("The kernel died.")
+answer = [verifying.verify(target, broken).sentence for target in verifying.targets([], None, False)]
+"""
+    paper, full, quick = ask(code)
+    assert paper == "coin paper: skipped: it needs a GPU with 24 GiB, which this machine does not have."
+    assert full == "coin full: failed: The kernel died."
+    assert quick.startswith("coin quick: corrupted: The record results/toy/coin/quick.json is corrupted")
 
 
 # GPU slots -----------------------------------------------------------------------------------------------------------

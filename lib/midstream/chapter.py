@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -121,11 +122,20 @@ def _open(paper: Paper, params: PaperParams) -> Chapter:
     preset = records.preset_of(paper, params)
     lacking = machine_lacks(paper, preset)
     if not lacking:
+        _announce(paper, preset)
         return Chapter(paper, compute(paper, params), origin="computed", notes=notes)
     old = None if policy == "fresh" else records.find(paper, preset)
     if old is None:
         raise RequestError(no_machine(paper, preset, lacking))
     return Chapter(paper, old, origin="recorded", stale=records.staleness(old, paper, params), notes=notes)
+
+
+def _announce(paper: Paper, preset: str) -> None:
+    """Tell who opened the notebook by hand that it takes a while; `midstream run` has its own progress."""
+    if RUN_FOLDER not in os.environ:
+        chosen = paper.module().PRESETS.get(preset)
+        time_needed = f", at most {chosen.minutes:g} min on 2 cores or a GPU" if chosen else ""
+        print(f"There is no current record of these parameters: computing it{time_needed}.", file=sys.stderr)
 
 
 def no_machine(paper: Paper, preset: str, lacking: str) -> str:

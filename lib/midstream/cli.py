@@ -166,19 +166,16 @@ def verify_command(
 
     reports = []
     for target in verifying.targets(ids or [], preset, stale):
-        planned = verifying.plan(target)
-        with planned as prepared:
-            reports.append(verifying.compare(target, _watched_run(prepared).record))
+        reports.append(verifying.verify(target, _watched_run))
+        if not as_json:
+            _out().print(reports[-1].sentence, soft_wrap=True, highlight=False, markup=False)
     if as_json:
         _print_json([report.to_dict() for report in reports])
-    else:
-        for report in reports:
-            _out().print(report.sentence, soft_wrap=True, highlight=False)
-        if not reports:
-            _err().print("There is no such record, so nothing was compared.")
-    differing = [report for report in reports if report.differences]
-    if differing:
-        raise MidstreamError(f"{len(differing)} of {len(reports)} records differ from what was computed now.")
+    elif not reports:
+        _err().print("There is no such record, so nothing was compared.")
+    wrong = [report for report in reports if report.outcome not in ("agrees", "skipped")]
+    if wrong:
+        raise MidstreamError(f"{len(wrong)} of {len(reports)} records do not agree with what was computed now.")
 
 
 @app.command("ledger")
@@ -254,7 +251,7 @@ def main() -> None:
     try:
         app()
     except MidstreamError as error:
-        sys.stderr.write(f"midstream: {error}\n")
+        sys.stderr.write(f"midstream: {' '.join(str(error).split())}\n")
         if "--json" in sys.argv and not _printed:
             _print_json({"error": str(error), "exit_code": error.exit_code})
         sys.exit(error.exit_code)

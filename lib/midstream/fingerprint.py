@@ -51,11 +51,25 @@ def _canonical(node: object) -> str:
     if isinstance(node, list):
         return "[" + ",".join(_canonical(item) for item in node if not _is_bare_string(item)) + "]"
     if isinstance(node, ast.Constant):
-        return f"{type(node.value).__name__}:{node.value!r}"
+        return f"{type(node.value).__name__}:{node.value!a}"  # ASCII: what is printable differs too
+    if isinstance(node, ast.JoinedStr):
+        return "JoinedStr" + _canonical(_merged(node.values))
     if not isinstance(node, ast.AST):
         return repr(node)
     fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
     return type(node).__name__ + "(" + ",".join(f"{name}={_canonical(value)}" for name, value in fields) + ")"
+
+
+def _merged(pieces: list[ast.expr]) -> list[ast.expr]:
+    """The pieces of an f-string, neighbouring texts joined and empty ones dropped: Pythons cut them differently."""
+    merged: list[ast.expr] = []
+    for piece in pieces:
+        last = merged[-1] if merged else None
+        if isinstance(piece, ast.Constant) and isinstance(last, ast.Constant):
+            merged[-1] = ast.Constant(str(last.value) + str(piece.value))
+        elif not (isinstance(piece, ast.Constant) and piece.value == ""):
+            merged.append(piece)
+    return merged
 
 
 def _is_bare_string(node: object) -> bool:

@@ -246,7 +246,8 @@ def _resolved(here: str, recorded: str | None) -> str:
 
 def _differences(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    return f"changed {what}: {', '.join(changed)}" if changed else ""
+    shown = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+    return f"changed {what}: {shown}" if changed else ""
 
 
 # ---------------------------------------------------------------- files

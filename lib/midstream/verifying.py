@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from midstream import places, records, running
+from midstream.chapter import machine_lacks
+from midstream.errors import MidstreamError
 from midstream.papers import Paper, papers
 from midstream.papers import paper as find_paper
 from midstream.records import Record
@@ -25,13 +26,17 @@ from midstream.request import preset as check_preset
 RELATIVE, ABSOLUTE = 1e-3, 1e-3
 
 
+Outcome = Literal["agrees", "differs", "corrupted", "failed", "skipped"]
+
+
 @dataclass(frozen=True)
 class Target:
-    """A kept record that is to be computed again."""
+    """A kept record that is to be computed again; without a record when what is kept is corrupted, as `told`."""
 
     paper: Paper
     preset: str
-    record: Record
+    record: Record | None
+    told: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,60 +45,76 @@ class Report:
 
     paper: str
     preset: str
-    was_stale: bool
-    differences: tuple[str, ...]
+    outcome: Outcome
+    details: tuple[str, ...] = ()
+    was_stale: bool = False
 
     @property
     def sentence(self) -> str:
-        """The comparison in one sentence."""
-        state = " (stale)" if self.was_stale else ""
-        if not self.differences:
-            return f"{self.paper} {self.preset}{state}: agrees within its tolerances."
-        return f"{self.paper} {self.preset}{state}: differs in {'; '.join(self.differences)}."
+        """The outcome in one sentence."""
+        record = f"{self.paper} {self.preset}{' (stale)' if self.was_stale else ''}"
+        if self.outcome == "agrees":
+            return f"{record}: agrees within its tolerances."
+        if self.outcome == "differs":
+            return f"{record}: differs in {'; '.join(self.details)}."
+        return f"{record}: {self.outcome}: {' '.join(self.details)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {
-            "paper": self.paper,
-            "preset": self.preset,
-            "was_stale": self.was_stale,
-            "agrees": not self.differences,
-            "differences": list(self.differences),
-            "tolerance": {"relative": RELATIVE, "absolute_of_largest": ABSOLUTE},
-        }
+        tolerance = {"relative": RELATIVE, "absolute_of_largest": ABSOLUTE}
+        return {**asdict(self), "details": list(self.details), "tolerance": tolerance}
 
 
 def targets(ids: Sequence[str], preset: str | None, stale: bool) -> list[Target]:
     """The kept records of these papers (all with a chapter if none is named), of one preset, or only the stale ones."""
     chosen = [find_paper(id) for id in ids] or [paper for paper in papers().values() if paper.has_chapter]
-    found = []
-    for paper in chosen:
-        if preset is not None and ids:
+    if preset is not None:
+        for paper in chosen if ids else []:
             check_preset(paper, preset)
-        for name in records.presets_by_strength(paper):
-            if preset not in (None, name) or not records.path(paper, name).is_file():
-                continue
-            record = records.load(records.path(paper, name))
-            if not stale or records.staleness(record, paper, paper.module().PRESETS[name].params):
-                found.append(Target(paper, name, record))
-    return found
+    found = [
+        _target(paper, name)
+        for paper in chosen
+        for name in records.presets_by_strength(paper)
+        if preset in (None, name) and records.path(paper, name).is_file()
+    ]
+    return [target for target in found if not stale or target.record is None or _is_stale(target)]
 
 
-@contextmanager
-def plan(target: Target) -> Iterator[running.Plan]:
-    """A run that computes a record anew into a folder that is gone afterwards."""
+def verify(target: Target, execute: Callable[[running.Plan], running.Run]) -> Report:
+    """Compute one record anew, in a folder that is gone afterwards, and compare. A failure is reported, not raised."""
+    identity = (target.paper.id, target.preset)
+    if target.record is None:
+        return Report(*identity, "corrupted", (target.told,))
+    lacking = machine_lacks(target.paper, target.preset)
+    if lacking:
+        return Report(*identity, "skipped", (f"it needs {lacking}, which this machine does not have.",))
     places.runs().mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="verify-", dir=places.runs()) as folder:
-        yield running.plan(target.paper.id, preset=target.preset, out=Path(folder), policy="fresh")
+        try:
+            planned = running.plan(target.paper.id, preset=target.preset, out=Path(folder), policy="fresh")
+            now = execute(planned).record
+        except MidstreamError as error:
+            return Report(*identity, "failed", (str(error),))
+    differences = compare(target.paper, target.record, now)
+    return Report(*identity, "differs" if differences else "agrees", tuple(differences), _is_stale(target))
 
 
-def compare(target: Target, now: Record) -> Report:
+def compare(paper: Paper, kept: Record, now: Record) -> list[str]:
     """What differs between a kept record and the same computed now, beyond the tolerances."""
-    module, kept = target.paper.module(), target.record
-    tolerances: Mapping[str, tuple[float, float]] = getattr(module, "TOLERANCES", {})
-    stale = records.staleness(kept, target.paper, module.PRESETS[target.preset].params)
-    found = [*_verdicts(kept, now), *_scalars(kept, now, tolerances), *_tables(kept, now, tolerances)]
-    return Report(target.paper.id, target.preset, bool(stale), tuple(found))
+    tolerances: Mapping[str, tuple[float, float]] = getattr(paper.module(), "TOLERANCES", {})
+    return [*_verdicts(kept, now), *_scalars(kept, now, tolerances), *_tables(kept, now, tolerances)]
+
+
+def _target(paper: Paper, preset: str) -> Target:
+    try:
+        return Target(paper, preset, records.load(records.path(paper, preset)))
+    except records.CorruptRecord as error:
+        return Target(paper, preset, None, str(error))
+
+
+def _is_stale(target: Target) -> bool:
+    params = target.paper.module().PRESETS[target.preset].params
+    return target.record is not None and records.staleness(target.record, target.paper, params) != ""
 
 
 def _verdicts(kept: Record, now: Record) -> Iterator[str]:
