@@ -100,7 +100,7 @@ class Params(PaperParams):
 _FULL = Params(
     tasks=("movies", "sources"),
     n_seeds=5,
-    n_queries=60,
+    n_queries=48,
     n_saliency=16,
     isolate=(1, 3, 5, 7),
     random_sets=10,
@@ -465,7 +465,7 @@ def run_isolation(bench: Bench, reference: Tensor) -> Iterator[dict[str, Any]]:
     """Rows of loyalty when label words, or random tokens, see nothing before them in the first or last layers."""
     depth = bench.model.config.get_text_config().num_hidden_layers
     generator = bench.randomness(2)
-    draws = max(1, bench.params.random_sets // 5)
+    draws = max(1, bench.params.random_sets // 10)
     targets = {"label": [bench.demos.anchors], "random": [random_tokens(bench.demos, generator) for _ in range(draws)]}
     for n in bench.params.isolate:
         places = {"first": range(min(n, depth)), "last": range(max(0, depth - n), depth)}
