@@ -1,5 +1,6 @@
 // Tables that come out of notebooks get a box to scroll in, so that they never push the page sideways, and on a
-// phone the claim tables stack their cells under the names of their columns. Whatever scrolls can be reached by key.
+// phone the claim tables stack their cells under the names of their columns. Whatever scrolls can be reached by key,
+// and the folds of the sidebar have names.
 document.addEventListener("DOMContentLoaded", () => {
   const boxes = ".scroll, .midstream-table, .pst-scrollable-table-container";
   for (const table of document.querySelectorAll(".bd-article table")) {
@@ -14,6 +15,11 @@ document.addEventListener("DOMContentLoaded", () => {
     for (const row of table.tBodies[0].rows) [...row.cells].forEach((cell, i) => (cell.dataset.label = names[i] ?? ""));
     table.classList.add("stacked");
   }
+  for (const fold of document.querySelectorAll(".bd-links summary")) {
+    const name = fold.closest("li")?.querySelector("a")?.textContent.trim();
+    fold.setAttribute("aria-label", `Chapters of ${name}`);
+  }
+  document.querySelectorAll(".citation-list").forEach((list) => list.removeAttribute("role")); // its children are no listitems
   const scrolling = `${boxes}, mjx-container[display], .cell_output .output, div.highlight pre`;
   const reachable = () => {
     for (const box of document.querySelectorAll(scrolling)) {

@@ -78,10 +78,16 @@ def chapters_named(toc: Path) -> list[Paper]:
 
 
 def render(root: Path, strict: bool) -> Path:
-    """Run Jupyter Book into `_build/work` and return the folder of its HTML; a strict build starts from nothing."""
-    work = root / "_build" / "work"
-    if strict:
+    """Run Jupyter Book into `_build/work` and return the folder of its HTML.
+
+    Unchanged pages are kept from the last time, except in a strict build, since warnings come from pages that are read,
+    and except where pages came, went or changed their kind, since links to them were resolved for what was there.
+    """
+    work, listing = root / "_build" / "work", root / "_build" / "work" / "pages.txt"
+    pages_now = "\n".join(sorted(str(path) for kind in ("md", "ipynb") for path in (root / "book").rglob(f"*.{kind}")))
+    if strict or not listing.is_file() or listing.read_text(encoding="utf-8") != pages_now:
         shutil.rmtree(work, ignore_errors=True)
+    records.write_text(listing, pages_now)
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(root / "book")]
     command += ["--config", str(root / "_config.yml"), "--toc", str(root / "_toc.yml"), "--path-output", str(work)]
     command += ["-q", "-W", "-n", "--keep-going"] if strict else ["-q"]

@@ -2,6 +2,7 @@
 
 - The launch and download buttons of a chapter point at its source notebook, not at the executed copy.
 - Formulas work offline: MathJax is copied from a pinned package.
+- No scripts of thebe.
 - The repository's address stands in the configuration alone; pages write `REPOSITORY` for it.
 """
 
@@ -73,8 +74,17 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def leave_out_thebe(app: Sphinx) -> None:
+    """Jupyter Book loads sphinx-thebe always; nothing here uses it, and its script would be fetched from elsewhere."""
+    for event in ("env-before-read-docs", "doctree-resolved"):
+        for listener in list(app.events.listeners[event]):
+            if listener.handler.__module__ == "sphinx_thebe":
+                app.disconnect(listener.id)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the handlers above."""
+    leave_out_thebe(app)
     app.connect("source-read", name_repository)
     app.connect("include-read", name_repository)
     app.connect("html-page-context", point_at_source, priority=900)

@@ -46,8 +46,8 @@ def welcome(shown: dict[str, Record | None]) -> str:
         members = [paper for paper in papers().values() if paper.part == part]
         done = sum(paper.has_chapter for paper in members)
         summary = f"{len(members)} papers, {done} with a chapter" if done else f"{len(members)} papers, planned"
-        lines += [f"### [{title}](parts/{part}.md)", "", f'<p class="muted">{summary}</p>', ""]
-        lines += [_raw('<ul class="papers">' + "".join(map(paper_item, members)) + "</ul>"), ""]
+        lines += [f"### [{title}](parts/{part}.md)", "", f"[{summary}]{{.muted}}", ""]
+        lines += [":::{div} papers", *map(paper_item, members), ":::", ""]
     return "\n".join(lines)
 
 
@@ -64,11 +64,10 @@ def counts(shown: dict[str, Record | None]) -> str:
 
 def paper_item(paper: Paper) -> str:
     """One paper as a list item: its title, linked to its chapter where there is one, its state, and arXiv."""
-    title = html.escape(paper.title)
-    arxiv = f' · <a href="https://arxiv.org/abs/{paper.arxiv}">arXiv</a>' if paper.arxiv else ""
+    title = _plain(paper.title)
     state = "chapter" if paper.has_chapter else "planned"
-    named = f'<a href="{chapter_link(paper)}">{title}</a>' if paper.has_chapter else title
-    return f'<li class="{state}">{named} <span class="state">{state}{arxiv}</span></li>'
+    named = f"[{title}](chapters/{paper.part}/{paper.id}.ipynb)" if paper.has_chapter else title
+    return f"- {named} [{state} · [arXiv](https://arxiv.org/abs/{paper.arxiv})]{{.state .{state}}}"
 
 
 def chapter_link(paper: Paper, anchor: str = "") -> str:
