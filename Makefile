@@ -22,7 +22,7 @@ book: assets ## run the notebooks and build the book
 	.venv/bin/midstream book
 
 test: env lint ## lint and the fast tests (browser tests too where a browser and a built book are found)
-	.venv/bin/pytest -m "not slow"
+	.venv/bin/pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 lint: env ## ruff, format, types, notebooks without outputs
 	.venv/bin/ruff check .
