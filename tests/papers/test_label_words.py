@@ -311,6 +311,12 @@ def test_no_check_decides_on_a_single_seed(claim) -> None:
     assert direction(claim.check(single)) == "unclear"
 
 
+def test_one_pair_of_classes_decides_nothing_about_confusion() -> None:
+    result = ideal()
+    pair = result.tables["diagnosis"].query("class_i == 'A' and class_j == 'B'")
+    assert direction(paper.check_diagnosis(result.with_table("diagnosis", pair))) == "unclear"
+
+
 def test_the_experiment_fills_every_table_and_every_check_reads_it() -> None:
     params = paper.Params(model="tiny:llama", tasks=("sources",), n_seeds=2, n_queries=8, n_saliency=2)
     pytest.importorskip("midstream.data")

@@ -26,13 +26,13 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     """Student's t interval of the mean of independent values, shape (n,).
 
     One value has no interval: its ends are infinite, so that no claim can be decided on a single seed. The same
-    goes for values that are not finite, such as the logarithm of an empty flow.
+    goes for values that are not finite, such as the logarithm of an empty flow, and for no value at all.
     """
     x = np.asarray(values, dtype=float)
-    if x.ndim != 1 or x.size == 0:
-        raise ValueError(f"t_interval takes a non-empty vector of values, got shape {x.shape}")
-    mean = float(x.mean())
-    if x.size == 1 or not np.isfinite(x).all():
+    if x.ndim != 1:
+        raise ValueError(f"t_interval takes a vector of values, got shape {x.shape}")
+    mean = float(x.mean()) if x.size else np.nan
+    if x.size < 2 or not np.isfinite(x).all():
         return Interval(mean, -np.inf, np.inf, int(x.size))
     half = float(stats.t.ppf(0.5 + level / 2, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size))
     return Interval(mean, mean - half, mean + half, int(x.size))

@@ -776,13 +776,11 @@ def check_speed(result: Result) -> tuple[Comparison, ...]:
 
 def confusion_correlation(result: Result) -> Interval:
     """Interval over seeds of Pearson's r between anchor-key distance and separability over pairs of classes."""
-    table = result.tables["diagnosis"].dropna()
-    groups = table.groupby(["task", "seed"])
-    usable = groups.filter(lambda pairs: len(pairs) >= 3)
-    correlations = usable.groupby(["task", "seed"])[["predicted", "actual"]].apply(
-        lambda p: p["predicted"].corr(p["actual"])
-    )
-    return t_interval(correlations.groupby("seed").mean().dropna())
+    correlations: dict[int, list[float]] = {}
+    for (_, seed), pairs in result.tables["diagnosis"].dropna().groupby(["task", "seed"]):
+        if len(pairs) >= 3 and pairs["actual"].nunique() > 1:  # otherwise there is nothing to correlate
+            correlations.setdefault(seed, []).append(pairs["predicted"].corr(pairs["actual"]))
+    return t_interval([float(np.mean(values)) for values in correlations.values()])
 
 
 def check_diagnosis(result: Result) -> tuple[Comparison, ...]:
