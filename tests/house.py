@@ -27,7 +27,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from midstream.claims import Claim, Comparison, Control, PaperNumber
 from midstream.errors import AssetError
@@ -42,6 +42,13 @@ class Params(PaperParams):
     name: str = Field("coin", description="what the coin is called")
     sides: tuple[int, ...] = Field((0, 1), description="values of the sides")
     fault: str = Field("none", description="what goes wrong")
+
+    @field_validator("sides")
+    @classmethod
+    def two_or_more(cls, sides):
+        if len(sides) < 2:
+            raise ValueError("a coin has two sides or more")
+        return sides
 
     @model_validator(mode="after")
     def tin_is_fair(self):

@@ -67,6 +67,7 @@ REFUSALS = {
     "run coin -p bias=nan": "bias takes a number from 0 to 1, got 'nan'.",
     "run coin -p metal=iron": "metal takes one of copper, tin, got 'iron'.",
     "run coin -p sides=1,x": "sides takes a list (a,b,…), each an integer, got '1,x'.",
+    "run coin -p sides=3": "sides takes a list (a,b,…), each an integer, got '3' (a coin has two sides or more).",
     "run coin -p metal=tin": "coin refuses these parameters: a tin coin is fair, so bias must be 0.5.",
     "run coin -p tosses": "-p takes name=value, got 'tosses'.",
     "run coin -p =3": "-p takes name=value, got '=3'.",

@@ -7,10 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from house import PARAMETERS, House, Python, build
+
+from midstream import places
+from midstream.papers import Paper, papers
 
 PREAMBLE = f"""
 import os
@@ -195,6 +199,26 @@ finally:
     ask(code)
     assert [path.name for path in tmp_path.iterdir()] == ["finished.json"]
     assert json.loads((tmp_path / "finished.json").read_text())["origin"] == "computed"
+
+
+# The notebooks of the book -------------------------------------------------------------------------------------------
+
+CHAPTERS = [paper for paper in papers().values() if paper.has_chapter]
+
+
+@pytest.mark.parametrize("paper", CHAPTERS, ids=lambda paper: paper.id)
+def test_a_chapter_s_notebook_keeps_the_protocol(paper: Paper) -> None:
+    notebook = nbformat.read(places.notebook(paper.part, paper.id), as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    [at] = [index for index, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])]
+    values: dict[str, Any] = {}
+    exec(cells[at].source, values)
+    values.pop("__builtins__")
+    assert paper.module().Params.model_validate(values) == paper.module().PRESETS["quick"].params
+    assert set(values) == set(paper.module().Params.model_fields)
+    assert f'run = open_chapter("{paper.id}", globals())' in cells[at + 1].source
+    assert cells[-1].source.strip() == "run.finish()"
+    assert "sentinel" in cells[-1].metadata.get("tags", [])
 
 
 # Verification --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import snakemake.cli
 from house import House, Python, build
+
 from midstream.sweeping import split
 
 PREAMBLE = """
@@ -80,7 +81,7 @@ def test_a_cell_s_folder_says_its_values_where_a_path_can(ask) -> None:
 def test_the_command_of_a_cell_gives_back_its_parameters(ask) -> None:
     code = """
 from midstream.request import assignments, parameters
-planned = sweeping.plan("coin", ["name=12,a b", "sides=[3],[4,5]"], fixed=["bias=1e-4"], preset="full")
+planned = sweeping.plan("coin", ["name=12,a b", "sides=[3,4],[4,5,6]"], fixed=["bias=1e-4"], preset="full")
 planned.out.mkdir(parents=True, exist_ok=True)
 sweeping._write_plan(planned)
 commands = json.loads((planned.out / "plan.json").read_text())["cells"]

@@ -49,7 +49,7 @@ def typed(paper: Paper, base: Mapping[str, Any], name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     readings = [value, *_as_json(value), [item.strip() for item in value.split(",")]]
-    return next((reading for reading in readings if _takes(paper, {**base, name: reading}, name)), value)
+    return min(readings, key=lambda reading: _misfit(paper, {**base, name: reading}, name))
 
 
 def assignments(pairs: Iterable[str], option: str) -> dict[str, str]:
@@ -125,13 +125,15 @@ def field_schema(schema: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**schema["$defs"][reference.rpartition("/")[2]], **field} if reference else field
 
 
-def _takes(paper: Paper, values: Mapping[str, Any], name: str) -> bool:
-    """Whether the named field accepts its value, whatever the other fields say."""
+def _misfit(paper: Paper, values: Mapping[str, Any], name: str) -> int:
+    """0 where the named field accepts its value, whatever the others say; 1 where only the paper's own check refuses
+    it; 2 where it is of the wrong kind."""
     try:
         paper.module().Params.model_validate(dict(values))
     except ValidationError as error:
-        return all(not problem["loc"] or problem["loc"][0] != name for problem in error.errors())
-    return True
+        kinds = {problem["type"] for problem in error.errors() if problem["loc"] and problem["loc"][0] == name}
+        return 2 if kinds - {"value_error"} else len(kinds)
+    return 0
 
 
 def _as_json(text: str) -> list[Any]:
@@ -144,6 +146,8 @@ def _as_json(text: str) -> list[Any]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
     return f"'{value}'" if isinstance(value, str) else repr(value)
 
 
