@@ -4,11 +4,12 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from midstream.errors import HookError
-from midstream.hooks.attend import attend
-from midstream.zoo import tiny
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
+
+from midstream.errors import HookError
+from midstream.hooks import attend, prune
+from midstream.zoo import tiny
 
 torch.set_num_threads(1)
 FAMILIES = [family for family in tiny.FAMILIES if family != "dit"]
@@ -402,6 +403,34 @@ def test_greedy_generation_is_unchanged_by_identity_edits(decoder):
     plain = decoder.generate(ids(), **settings)
     with attend(decoder, scores=same, probs=same):
         assert torch.equal(decoder.generate(ids(), **settings), plain)
+
+
+def test_attention_chooses_what_is_pruned_and_pruned_layers_can_be_attended():
+    """FastV's shape: the attention of one layer decides what the later ones see."""
+    model, paid, seen = tiny.build("llama"), {}, {}
+    tokens = ids(1)
+
+    def most_attended(x):
+        return paid["row"].mean(1)[0].topk(6).indices.sort().values
+
+    with (
+        attend(model, layers=[1], probs=lambda x, at: paid.update(row=x[:, :, -1])),
+        prune(model, at=1, select=most_attended),
+        attend(model, layers=[1, 2, 3], probs=recorder(seen)),
+    ):
+        run(model, input_ids=tokens)
+    assert [probs.shape[-1] for probs in seen.values()] == [12, 6, 6]
+    kept = most_attended(None)
+    later = [2, 3]
+
+    def blind(x, at):
+        return x.masked_fill(~torch.isin(at.key_positions, kept), -torch.inf)
+
+    full = {}
+    with attend(model, layers=later, scores=blind, probs=recorder(full)):
+        run(model, input_ids=tokens)
+    for layer in later:
+        close(seen["main", layer, False], full["main", layer, False][:, :, kept][..., kept])
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------

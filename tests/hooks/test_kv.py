@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+
 from midstream.errors import HookError
 from midstream.hooks import attend, kv
 from midstream.hooks.kv import concat, copy, expand, positions, select
 from midstream.zoo import tiny
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 torch.set_num_threads(1)
 DECODERS = ["gpt2", "opt", "llama", "qwen2", "qwen3"]  # full attention in every layer
@@ -138,6 +139,26 @@ def test_copies_of_sliding_window_caches_continue_like_the_original():
 def test_full_layers_of_a_sliding_window_model_can_be_selected_alone():
     model = tiny.build("gemma3")
     close(continued(model, select(context(model), {1: KEPT, 3: KEPT})), without(model, dropped(KEPT), layers=[1, 3]))
+
+
+def test_within_the_window_its_layers_can_be_selected_on_a_promise_to_stay_there():
+    model = tiny.build("gemma3")
+    tokens = ids(2, 6)
+    cache = context(model, tokens=tokens[:, :4])
+    kept = select(cache, [0, 3], until=6)
+    places = positions(torch.ones(2, 2), start=4)
+
+    def knock_out(x, at):
+        gone = (at.key_positions == 1) | (at.key_positions == 2)
+        return x.masked_fill((at.query_positions[:, None] > 3) & gone, -torch.inf)
+
+    compressed = run(model, tokens[:, 4:], past_key_values=kept, position_ids=places)
+    with attend(model, scores=knock_out):
+        close(compressed, run(model, tokens)[:, 4:])
+    with pytest.raises(HookError, match="sliding window"):
+        select(cache, [0, 3], until=7)
+    with pytest.raises(HookError, match="sliding window"):
+        select(context(model), KEPT, until=6)
 
 
 def test_positions_do_not_count_padding_on_either_side():

@@ -150,7 +150,8 @@ def select(
     def edit(layer: Any, number: int) -> Any:
         if number not in by_layer or layer.keys is None:
             return layer
-        reaches = layer.is_sliding and until is not None and until <= layer.sliding_window
+        whole = layer.is_sliding and layer.cumulative_length == layer.keys.shape[2]  # nothing has left the window yet
+        reaches = whole and until is not None and until <= layer.sliding_window
         _refuse_sliding(layer.is_sliding and not reaches, f"select cannot drop entries of layer {number}")
         places = _places(by_layer[number], layer.keys)
         layer.keys, layer.values = (torch.take_along_dim(x, places, dim=2) for x in (layer.keys, layer.values))
