@@ -184,29 +184,56 @@ def _decoding(run: Any, block: int, tokens: int) -> Callable[[str, Any], Any] | 
     if kept is None or not run.past:
         return None
     survivors, whole = kept
+    layers = getattr(run.cache, "self_attention_cache", run.cache).layers
+    layer = layers[block]
+    held, stored = layer.keys.shape[-2], survivors.shape[1] + run.past - whole
+    if run.past < whole or (held != stored and not layer.is_sliding):
+        raise HookError(f"the cache of block {block} is not as pruning left it: it was cropped or edited since")
     total = run.past + tokens
     later = torch.arange(whole, total, device=survivors.device).expand(len(survivors), -1)
-    positions = torch.cat([survivors, later], dim=1)
-    layer = getattr(run.cache, "self_attention_cache", run.cache).layers[block]
-    held = layer.keys.shape[-2] + tokens
-    if run.past < whole or (held != positions.shape[1] and not getattr(layer, "is_sliding", False)):
-        raise HookError(f"the cache of block {block} is not as pruning left it: it was cropped or edited since")
-    positions = positions[:, -held:]
-    return lambda name, x: _cut_keys(x, positions, total) if name in KEY_AXIS and isinstance(x, Tensor) else x
+    positions = torch.cat([survivors, later], dim=1)[:, -held - tokens :]
+    # transformers makes one mask for all sliding layers and one for all others, each by the length of its first layer
+    measured = next(number for number, other in enumerate(layers) if other.is_sliding == layer.is_sliding)
+
+    def cut(name: str, x: Any) -> Any:
+        if name not in KEY_AXIS or (name == "position_bias" and (x is None or x.shape[-1] == positions.shape[1])):
+            return x
+        if name != "position_bias" and measured in _KEPT[run.cache]:
+            return _remade_mask(x, positions, tokens, getattr(layer, "sliding_window", None))
+        if x is not None and x.shape[-1] != total and (name == "position_bias" or not layer.is_sliding):
+            raise HookError(f"prune cannot match the {x.shape[-1]} columns of '{name}' with the {total} tokens so far")
+        return x if x is None else _cut_keys(x, positions, total)
+
+    return cut
+
+
+def _remade_mask(x: Tensor | None, positions: Tensor, tokens: int, window: int | None) -> Tensor | None:
+    """In the place of a mask that took survivors for neighbours, one by their true positions; padding is refused."""
+    places = torch.arange(positions.shape[1], device=positions.device)[None]
+    if x is not None and not torch.equal(*torch.broadcast_tensors(_visible(x), _causal(places, tokens, window))):
+        raise HookError("this model masks padding by the length of a pruned block's cache; prune after a later block")
+    mask = _causal(positions, tokens, window)
+    if x is None or x.dtype == torch.bool:
+        return None if x is None and bool(mask.all()) else mask
+    return torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)
+
+
+def _causal(positions: Tensor, tokens: int, window: int | None) -> Tensor:
+    """Which keys at `positions` (batch or 1, keys) the last `tokens` of them see, (batch or 1, 1, tokens, keys)."""
+    distance = positions[:, -tokens:, None] - positions[:, None]
+    return ((distance >= 0) & (distance < (window or torch.inf)))[:, None]
+
+
+def _visible(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 def _cut_keys(x: Tensor, positions: Tensor, total: int) -> Tensor:
-    """A mask or bias whose last axis is the keys up to `total`, cut to keys at `positions`; what it lacks is masked."""
-    held = positions.shape[1]
-    is_mask = x.dtype == torch.bool
-    if x.shape[-1] == held and held != total:
-        if bool((x if is_mask else x == 0).all()):
-            return x  # made for this block's own length, and hiding nothing
-        raise HookError("this model masks by the length of a pruned block's cache; prune after a later block")
+    """A mask or bias over the last keys of `total`, cut to those at `positions`; where it has none, it is masked."""
     columns = positions - (total - x.shape[-1])
     cut = _take(x, columns.clamp(min=0), -1)
-    beyond = (columns < 0).view(len(columns), *(1 for _ in range(x.ndim - 2)), held)
-    return cut.masked_fill(beyond, False if is_mask else torch.finfo(x.dtype).min)
+    beyond = (columns < 0).view(len(columns), *(1 for _ in range(x.ndim - 2)), -1)
+    return cut.masked_fill(beyond, False if x.dtype == torch.bool else torch.finfo(x.dtype).min)
 
 
 def _take(x: Tensor, places: Tensor, axis: int) -> Tensor:
