@@ -32,8 +32,9 @@ def readout(model: nn.Module, h: Tensor, *, stack: str | None = None, **inputs: 
     arguments = _arguments(whole, states, inputs)
     with suspended(), _standing_aside(places, stack, states):
         output = whole(**arguments)
-    logits = output["logits"] if isinstance(output, dict) and "logits" in output else output[0]
-    return logits if states is h else logits.reshape(*h.shape[:-1], logits.shape[-1])
+    if not isinstance(output, Tensor):
+        output = output["logits"] if isinstance(output, dict) and "logits" in output else output[0]
+    return output if states is h else output.reshape(*h.shape[:-1], output.shape[-1])
 
 
 def _arguments(whole: nn.Module, h: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
