@@ -180,7 +180,7 @@ class Dispatcher:
         if _SUSPENDED:
             return None
         if torch.compiler.is_compiling():
-            raise HookError("this model is being compiled while a hook is open; leave the context before compiling")
+            raise HookError("this model is being compiled while a hook is open")  # the compiler then runs it uncompiled
         if len(module._forward_hooks) + len(module._forward_pre_hooks) > len(self._handles):
             self._stand_outermost()
         for action in self.actions["note"]:
