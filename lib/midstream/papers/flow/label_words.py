@@ -776,7 +776,7 @@ def check_speed(result: Result) -> tuple[Comparison, ...]:
 
 def confusion_correlation(result: Result) -> Interval:
     """Interval over seeds of Pearson's r between anchor-key distance and separability over pairs of classes."""
-    correlations: dict[int, list[float]] = {}
+    correlations: dict[Any, list[float]] = {}
     for (_, seed), pairs in result.tables["diagnosis"].dropna().groupby(["task", "seed"]):
         if len(pairs) >= 3 and pairs["actual"].nunique() > 1:  # otherwise there is nothing to correlate
             correlations.setdefault(seed, []).append(pairs["predicted"].corr(pairs["actual"]))
