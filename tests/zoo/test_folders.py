@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from midstream import zoo
 from midstream.errors import AssetError, RequestError
 from midstream.zoo import loaded, tiny, tiny_tokenizer

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from midstream import assets, zoo
 from midstream.errors import AssetError, RequestError
 from midstream.zoo import packaged, tiny, tiny_tokenizer
@@ -257,6 +258,9 @@ def test_minilm_puts_like_beside_like() -> None:
     likeness = vectors @ vectors.T
     torch.testing.assert_close(likeness.diagonal(), torch.ones(3))
     assert likeness[0, 1] > 0.5 > 0.2 > likeness[0, 2]
+    assert encoder.tokenizer.model_max_length == 256
+    cut, whole = encoder.encode([" ".join(["cat"] * 254), " ".join(["cat"] * 254 + ["dog"] * 50)])
+    torch.testing.assert_close(cut, whole)
 
 
 @pytest.mark.slow

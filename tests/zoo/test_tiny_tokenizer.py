@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from midstream import zoo
 from midstream.data.prompts import TEMPLATES
 from midstream.errors import RequestError
