@@ -127,14 +127,19 @@ def _caption(text: str) -> str:
 
 
 def mean_band(axes: Axes, table: pd.DataFrame, x: str, y: str, label: str, color: str, unit: str = "seed") -> None:
-    """A line of means over `unit`s with its 95 % t interval as a band, labelled where the line ends."""
+    """A line of means over `unit`s with its 95 % t interval as a band, labelled where the line ends.
+
+    On a logarithmic axis mean and interval are those of the logarithms, as for any quantity that varies by factors.
+    """
+    on_log_axis = axes.get_yscale() == "log"
+    forth, back = (np.log, np.exp) if on_log_axis else (np.asarray, np.asarray)
     per_unit = table.groupby([x, unit])[y].mean().reset_index()
-    intervals = [t_interval(group[y]) for _, group in per_unit.groupby(x)]
     where = sorted(per_unit[x].unique())
-    means = [interval.estimate for interval in intervals]
+    intervals = [t_interval(forth(per_unit[per_unit[x] == at][y])) for at in where]
+    means = back([interval.estimate for interval in intervals])
+    ends = np.array([(i.low, i.high) if np.isfinite(i.low) else (np.nan, np.nan) for i in intervals])
     axes.plot(where, means, color=color, lw=2)
-    ends = np.nan_to_num([(i.low, i.high) for i in intervals], posinf=np.nan, neginf=np.nan)
-    axes.fill_between(where, ends[:, 0], ends[:, 1], color=color, alpha=0.18, lw=0)
+    axes.fill_between(where, back(ends[:, 0]), back(ends[:, 1]), color=color, alpha=0.18, lw=0)
     axes.annotate(
         label, (where[-1], means[-1]), xytext=(6, 0), textcoords="offset points", color=color, va="center", fontsize=10
     )
@@ -156,7 +161,7 @@ def bars(
             f"{interval.estimate:.2f}", (1.01, row), xycoords=("axes fraction", "data"), va="center", color=color
         )
     axes.set_yticks(range(len(order)), list(order.values()))
-    axes.invert_yaxis()
+    axes.set_ylim(len(order) - 0.5, -0.5)
 
 
 def heatmap(axes: Axes, matrix: np.ndarray, labels: Sequence[str], title: str, span: tuple[float, float]) -> None:
