@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,19 @@ from transformers import Cache
 from midstream.errors import HookError
 from midstream.hooks.sites import Site, Sites
 
-STAGES = ("note", "cut", "write_in", "read_in", "route", "write", "restore", "cut_out", "drop", "read")
+# The steps in their order, each with what carries it out: a hook, or the module's `forward`.
+STAGES = {
+    "note": "before",
+    "cut": "before",
+    "write_in": "before",
+    "read_in": "entering",
+    "route": "forward",
+    "write": "after",
+    "restore": "after",
+    "cut_out": "leaving",
+    "drop": "leaving",
+    "read": "leaving",
+}
 
 
 @dataclass(frozen=True)
@@ -130,45 +143,47 @@ class Dispatcher:
     def add(self, stage: str, action: Callable[..., Any]) -> None:
         """Have `action` carried out at `stage` of each call."""
         self.actions[stage].append(action)
-        self._settle()
+        module, hook, handles = self.module, STAGES[stage], self._handles
+        if "before" not in handles:
+            handles["before"] = module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+        if hook == "entering" and hook not in handles:
+            handles[hook] = module.register_forward_pre_hook(self._entering, with_kwargs=True)
+        elif hook == "after" and hook not in handles:
+            handles[hook] = module.register_forward_hook(self._after, prepend=True)
+        elif hook == "leaving" and hook not in handles:
+            handles[hook] = module.register_forward_hook(self._leaving)
+        elif hook == "forward" and self._own_forward is None:
+            self._replace_forward()
 
     def remove(self, stage: str, action: Callable[..., Any]) -> None:
         """Undo `add`; the last action to go takes every hook with it."""
-        stages = self.actions[stage]
-        stages.pop(next(i for i, other in enumerate(stages) if other is action))
-        self._settle()
+        actions = self.actions[stage]
+        actions.pop(next(number for number, other in enumerate(actions) if other is action))
+        hook = STAGES[stage]
+        if actions or any(self.actions[other] for other, its_hook in STAGES.items() if its_hook == hook):
+            return
+        if hook == "forward":
+            self._put_back_forward()
+        elif hook != "before":
+            self._handles.pop(hook).remove()
         if not any(self.actions.values()):
+            self._handles.pop("before").remove()
             _DISPATCHERS.pop(self.module, None)
 
-    def _settle(self) -> None:
-        """Have exactly the hooks that the present actions need."""
-        module, actions = self.module, self.actions
-        self._have("before", any(actions.values()), module.register_forward_pre_hook, self._before, True, True)
-        self._have("entering", bool(actions["read_in"]), module.register_forward_pre_hook, self._entering, False, True)
-        changes, leaves = (any(actions[stage] for stage in stages) for stages in (_AFTER, _LEAVING))
-        self._have("after", changes, module.register_forward_hook, self._after, True, False)
-        self._have("leaving", leaves, module.register_forward_hook, self._leaving, False, False)
-        self._settle_forward()
-
-    def _have(self, name: str, needed: bool, register: Any, hook: Any, prepend: bool, with_kwargs: bool) -> None:
-        if needed and name not in self._handles:
-            self._handles[name] = register(hook, prepend=prepend, with_kwargs=with_kwargs)
-        elif not needed and name in self._handles:
-            self._handles.pop(name).remove()
-
-    def _settle_forward(self) -> None:
+    def _replace_forward(self) -> None:
         """Hooks cannot leave a module out, so while there is a route the module's `forward` is one that can."""
-        if self.actions["route"] and self._own_forward is None:
-            self._was_set = "forward" in self.module.__dict__  # accelerate and nnsight set it on the instance too
-            self._own_forward = self.module.forward
-            self._routed = self._route
-            self.module.forward = self._routed
-        elif not self.actions["route"] and self.module.__dict__.get("forward") is getattr(self, "_routed", self):
-            if self._was_set:
-                self.module.forward = self._own_forward  # type: ignore[assignment]
-            else:
-                del self.module.forward
-            self._own_forward = None
+        self._was_set = "forward" in self.module.__dict__  # accelerate and nnsight set it on the instance too
+        self._own_forward, self._routed = self.module.forward, self._route
+        self.module.forward = self._routed
+
+    def _put_back_forward(self) -> None:
+        if self.module.__dict__.get("forward") is not self._routed:
+            return  # another tool wrapped it meanwhile, and goes on through it
+        if self._was_set:
+            self.module.forward = self._own_forward  # type: ignore[assignment]
+        else:
+            del self.module.forward
+        self._own_forward = None
 
     def _route(self, *args: Any, **kwargs: Any) -> Any:
         call = self._own_forward
@@ -211,10 +226,10 @@ class Dispatcher:
                 action(stream_in(args, kwargs))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self._through(_AFTER, output)
+        return self._through(("write", "restore"), output)
 
     def _leaving(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self._through(_LEAVING, output)
+        return self._through(("cut_out", "drop", "read"), output)
 
     def _through(self, stages: tuple[str, ...], output: Any) -> Any:
         """Take a module's output through the actions of some stages; None where they left it as it was."""
@@ -231,8 +246,6 @@ class Dispatcher:
         return x if isinstance(output, Tensor) else (x, *output[1:])
 
 
-_AFTER = ("write", "restore")
-_LEAVING = ("cut_out", "drop", "read")
 _DISPATCHERS: "WeakKeyDictionary[nn.Module, Dispatcher]" = WeakKeyDictionary()
 _RUNS: "WeakKeyDictionary[nn.Module, Run]" = WeakKeyDictionary()
 _SUSPENDED: list[None] = []  # not empty while a forward of the library's own runs
@@ -250,18 +263,24 @@ def suspended() -> Iterator[None]:
 
 def run_of(places: Sites, stack: str) -> Run:
     """The `Run` of a stack."""
-    return _RUNS.setdefault(places.model.get_submodule(places.stack(stack).parent), Run())
+    parent = places.model.get_submodule(places.stack(stack).parent)
+    if parent not in _RUNS:
+        _RUNS[parent] = Run()
+    return _RUNS[parent]
 
 
-def act(places: Sites, site: Site, stage: str, action: Callable[..., Any]) -> Callable[[], None]:
-    """Have `action` carried out at a site; call what is returned to undo it."""
-    run = run_of(places, site.stack)
+def act(places: Sites, run: Run, site: Site, stage: str, action: Callable[..., Any]) -> Callable[[], None]:
+    """Have `action` carried out at a site of the stack that `run` is of; call what is returned to undo it."""
     within = places.blocks(site.stack)[site.block]
     module = places.module(site)
-    added = [(_dispatcher(module, run, site.block if module is within else None), stage, action)]
+    dispatcher = _dispatcher(module, run, site.block if module is within else None)
+    if module is within:
+        dispatcher.add(stage, action)
+        return partial(dispatcher.remove, stage, action)
+    added = [(dispatcher, stage, action)]
     if site.part == "embed":
         added += [(_dispatcher(above, run, None), "note", _noting(run)) for above in places.above(site.stack)]
-    elif module is not within:
+    else:
         added.append((_dispatcher(within, run, site.block), "note", _nothing))
     for dispatcher, at_stage, what in added:
         dispatcher.add(at_stage, what)

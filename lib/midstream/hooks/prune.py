@@ -66,14 +66,14 @@ def prune(
     blocks = places.blocks(column.name)
     with ExitStack() as undo:
         undo.callback(run.drops.clear)
-        undo.callback(act(places, Site(column.name, 0, "out"), "note", lambda args, kwargs: None))
-        undo.callback(act(places, Site(column.name, at, "out"), "drop", _Dropping(run, select, restore)))
+        undo.callback(act(places, run, Site(column.name, 0, "out"), "note", lambda args, kwargs: None))
+        undo.callback(act(places, run, Site(column.name, at, "out"), "drop", _Dropping(run, select, restore)))
         for block in range(at + 1, len(column)):
             site = Site(column.name, block, "out")
-            undo.callback(act(places, site, "cut", partial(_cut, run, blocks[block], block)))
-            undo.callback(act(places, site, "restore", partial(_restored, run)))
+            undo.callback(act(places, run, site, "cut", partial(_cut, run, blocks[block], block)))
+            undo.callback(act(places, run, site, "restore", partial(_restored, run)))
             if block < len(column) - 1:
-                undo.callback(act(places, site, "cut_out", partial(_cut_stream, run)))
+                undo.callback(act(places, run, site, "cut_out", partial(_cut_stream, run)))
         yield
 
 

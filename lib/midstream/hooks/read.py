@@ -87,7 +87,7 @@ def read(
     with ExitStack() as undo:
         for site in wanted:
             record = partial(_record, reading, run, site, keep, grad)
-            undo.callback(act(places, site, "read_in" if part == "in" else "read", record))
+            undo.callback(act(places, run, site, "read_in" if part == "in" else "read", record))
         yield reading
 
 

@@ -50,12 +50,12 @@ def route(
     with ExitStack() as undo:
         for block in range(len(column)):
             site = Site(column.name, block, "out")
-            undo.callback(act(places, site, "route", partial(path.go, block)))
+            undo.callback(act(places, path.run, site, "route", partial(path.go, block)))
             if callable(stop):
-                undo.callback(act(places, site, "read", partial(path.ask, block)))
+                undo.callback(act(places, path.run, site, "read", partial(path.ask, block)))
         for key in skip:
             if isinstance(key, tuple):
-                undo.callback(act(places, _sublayer(places, key, column.name), "route", _nothing_added))
+                undo.callback(act(places, path.run, _sublayer(places, key, column.name), "route", _nothing_added))
         yield
 
 

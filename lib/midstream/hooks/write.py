@@ -40,8 +40,9 @@ def write(
     with ExitStack() as undo:
         for key, fn in edits.items():
             site = places.site(key, stack)
-            action = partial(_written, fn, site, run_of(places, site.stack))
-            undo.callback(act(places, site, "write_in" if site.part == "in" else "write", action))
+            run = run_of(places, site.stack)
+            action = partial(_written, fn, site, run)
+            undo.callback(act(places, run, site, "write_in" if site.part == "in" else "write", action))
         yield
 
 
