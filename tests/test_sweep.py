@@ -103,13 +103,13 @@ answer = sweeping.sweep(planned).to_dict()
     assert (swept["cells"], swept["failed"]) == (4, {})
     with open(swept["table"]) as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["tosses", "seed", "heads", "claim heads", "seconds", "cell"]
+    assert list(rows[0]) == ["tosses", "seed", "heads", "claim heads", "heads: heads", "seconds", "cell"]
     assert [(row["tosses"], row["seed"]) for row in rows] == [("10", "0"), ("10", "1"), ("20", "0"), ("20", "1")]
     figure = Path(swept["figure"])
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert "<svg" in figure.with_suffix(".svg").read_text()
     alt = figure.with_suffix(".alt.txt").read_text()
-    assert alt.startswith("1 panel over tosses, one dot a run, lines through the means. heads: 0.9 at 10, ")
+    assert alt.startswith("2 panels over tosses, one dot a run, lines through the means. heads: 0.9 at 10, ")
 
 
 def test_a_cell_whose_code_has_changed_is_not_finished_any_more(house: House, ask) -> None:

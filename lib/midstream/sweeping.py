@@ -24,6 +24,7 @@ from midstream.chapter import machine_lacks, no_machine
 from midstream.errors import MidstreamError, RequestError
 from midstream.papers import Paper
 from midstream.papers import paper as find_paper
+from midstream.records import ComparisonVerdict, Record
 from midstream.running import lock, short_hash
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def sweep(
         records.write_text(planned.out / "table.csv", table.to_csv(index=False))
         from midstream.sweepfigure import draw
 
-        figure = draw(table, planned.names, planned.paper.id, planned.out / "figure")
+        figure = draw(table, planned.names, thresholds(planned), planned.paper.id, planned.out / "figure")
     return Sweep(planned.out / "table.csv", figure, len(planned.cells), failed)
 
 
@@ -152,18 +153,34 @@ def threads(planned: SweepPlan) -> int:
 
 
 def tidy(planned: SweepPlan) -> pd.DataFrame:
-    """One row a finished cell: swept parameters, scalars, each claim's direction verdict, seconds."""
+    """One row a finished cell: swept parameters, scalars, each claim's verdict and estimates, seconds."""
     import pandas as pd
 
     rows = []
-    for cell, file in _record_files(planned).items():
-        record = records.read(file)
-        if record is None:
-            continue
+    for cell, record in _finished(planned).items():
         swept = {name: _plain(record.parameters[name]) for name in planned.names}
         verdicts = {f"claim {claim.id}": claim.direction for claim in record.claims}
-        rows.append({**swept, **record.scalars, **verdicts, "seconds": record.seconds, "cell": cell})
+        estimates = {name: comparison.interval.estimate for name, comparison in _comparisons(record)}
+        rows.append({**swept, **record.scalars, **verdicts, **estimates, "seconds": record.seconds, "cell": cell})
     return pd.DataFrame(rows)
+
+
+def thresholds(planned: SweepPlan) -> dict[str, float]:
+    """The threshold of each estimate in the table, by its column."""
+    found = _finished(planned).values()
+    return {name: comparison.threshold for record in found for name, comparison in _comparisons(record)}
+
+
+def _finished(planned: SweepPlan) -> dict[str, Record]:
+    found = {cell: records.read(file) for cell, file in _record_files(planned).items()}
+    return {cell: record for cell, record in found.items() if record is not None}
+
+
+def _comparisons(record: Record) -> list[tuple[str, ComparisonVerdict]]:
+    """The comparisons of a record's claims, each with its name in the table."""
+    return [
+        (f"{claim.id}: {comparison.what}", comparison) for claim in record.claims for comparison in claim.comparisons
+    ]
 
 
 def _check_grid(values: Mapping[str, list[str]], base: Mapping[str, str]) -> None:
