@@ -109,6 +109,7 @@ def publish(html: Path, target: Path) -> Path:
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     shutil.copytree(html, fresh)
+    (fresh / "index.html").touch()  # when the book was built, also where its first page did not change
     if target.exists():
         target.rename(old)
     fresh.rename(target)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -35,21 +34,21 @@ def index(modules: dict[str, ModuleType]) -> str:
 
 
 def page(module: ModuleType) -> str:
-    """A module's docstring, then its public names in the order of its `__all__` or of its source."""
+    """A module's docstring, then its public functions, then its classes."""
     lines = [f"# {module.__name__}", "", f"```{{py:module}} {module.__name__}\n```", "", docstring(module), ""]
     for name, member in public(module):
-        lines += [f"## {name}", "", entry(module, name, member), ""]
+        lines += [entry(module, name, member), ""]
     return "\n".join(lines)
 
 
-def public(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """Public functions, classes and documented submodules."""
-    names = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
-    for name in names:
-        member = getattr(module, name)
-        ours = getattr(member, "__module__", "").startswith(module.__name__) or hasattr(module, "__all__")
-        if (inspect.isfunction(member) or inspect.isclass(member)) and ours:
-            yield name, member
+def public(module: ModuleType) -> list[tuple[str, Any]]:
+    """Public functions and then classes, each in the order of the module's `__all__` or else of its source."""
+    listed = getattr(module, "__all__", None)
+    names = listed or [name for name in vars(module) if not name.startswith("_")]
+    found = [(name, getattr(module, name)) for name in names]
+    own = [(name, member) for name, member in found if listed or getattr(member, "__module__", "") == module.__name__]
+    functions = [(name, member) for name, member in own if inspect.isfunction(member)]
+    return functions + [(name, member) for name, member in own if inspect.isclass(member)]
 
 
 def entry(module: ModuleType, name: str, member: Any) -> str:

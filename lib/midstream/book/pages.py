@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import nbformat
+from docutils import nodes
+
 from midstream import display, places, records
 from midstream.papers import Paper, papers, parts
 from midstream.records import ClaimVerdict, ComparisonVerdict, NumberVerdict, Record
@@ -100,6 +103,13 @@ def ledger_section(paper: Paper, record: Record | None) -> str:
     return head + run_line(record) + "\n\n" + table(columns, rows, "ledger stacked")
 
 
+def claims_anchor(paper: Paper) -> str:
+    """The anchor of a chapter's section on its claims: its first second-level heading that speaks of them."""
+    cells = nbformat.read(places.notebook(paper.part, paper.id), as_version=4).cells
+    headings = re.findall(r"^## (.*claim.*)$", "\n".join(cell.source for cell in cells), re.IGNORECASE | re.MULTILINE)
+    return f"#{nodes.make_id(headings[0])}" if headings else ""
+
+
 def run_line(record: Record) -> str:
     """When a record was made, and what it took, as a sentence."""
     return f"Recorded on {day(record)}, preset `{record.preset or 'own'}`: {_plain(display.cost_text(record))}."
@@ -107,7 +117,7 @@ def run_line(record: Record) -> str:
 
 def ledger_row(paper: Paper, claim: ClaimVerdict) -> list[str]:
     """Claim, the paper's numbers, ours, and the two verdicts, as HTML cells."""
-    statement = f'{prose(claim.statement)} <a href="{chapter_link(paper, "#claims")}">In the chapter</a>'
+    statement = f'{prose(claim.statement)} <a href="{chapter_link(paper, claims_anchor(paper))}">In the chapter</a>'
     numbers = "<br>".join(map(paper_number, claim.numbers)) or "none reported"
     verdicts = "<br>".join(map(number_verdict, claim.numbers)) or "none"
     return [
@@ -228,8 +238,6 @@ def _lines(path: Path) -> str:
         return "none yet"
     if path.suffix != ".ipynb":
         return str(len(path.read_text(encoding="utf-8").splitlines()))
-    import nbformat
-
     cells = nbformat.read(path, as_version=4).cells
     return str(sum(len(cell.source.splitlines()) for cell in cells))
 
