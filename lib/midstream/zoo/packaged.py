@@ -185,7 +185,7 @@ PACKAGED: dict[str, PackagedModel] = {
             licence="Apache-2.0",
             size=_size((_MINILM,), 91_400_000),
             sha256=_MINILM.sha256,
-            note="The published float32 weights, byte for byte; it was trained on texts of 128 tokens and cuts them at 256.",
+            note="The published float32 weights, byte for byte; longer texts are cut at 256 tokens.",
         ),
         packages=(_MINILM,),
         make=_make_minilm,
