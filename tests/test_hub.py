@@ -9,6 +9,7 @@ import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+
 from midstream.errors import AssetError
 from midstream.hub import fetch_snapshot
 

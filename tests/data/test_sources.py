@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
 from midstream import data
 from midstream.data import corpora, hub, rated_sentences
 from midstream.errors import AssetError

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
 from midstream import data
 from midstream.data import dataset
 from midstream.errors import RequestError
