@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -140,6 +143,27 @@ finally:
     running._execute = execute
 """
     assert python(code).endswith("is full; earlier results stand.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kibibytes", [4, 12, 24, 40])
+def test_a_disk_that_fills_up_at_any_moment_is_told_as_that(house: House, tmp_path: Path, kibibytes: int) -> None:
+    """On a file system of a few pages, in a mount namespace of this test's own."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespaces here")
+    script = f"""
+set -e
+mount -t tmpfs -o size={kibibytes}k tmpfs {tmp_path}
+mkdir {tmp_path}/out
+echo earlier > {tmp_path}/out/record.json
+set +e
+{sys.executable} -m midstream.cli run coin --out {tmp_path}/out
+echo $? "$(cat {tmp_path}/out/record.json)" $(ls -A {tmp_path}/out)
+"""
+    command = ["unshare", "-rm", "sh", "-c", script]
+    done = subprocess.run(command, env=house.environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["1", "earlier", "record.json"]
+    assert done.stderr.endswith(f"midstream: The disk that holds {tmp_path}/out is full; earlier results stand.\n")
 
 
 def kernels(process: psutil.Process) -> list[psutil.Process]:

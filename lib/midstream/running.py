@@ -46,6 +46,8 @@ Policy = Literal["strongest", "exact", "fresh"]
 
 STAGING = ".run-"
 POLL = 0.2
+LEAST_FREE = 2**20
+"""Bytes; a run that broke with less than this left on its disk broke for that."""
 UNTOUCHED = "earlier results stand"
 
 
@@ -156,7 +158,7 @@ def run(
     `report` hears of its progress; `waiting` is told when another run writes to the same place and this one waits
     for it. A `Fault` says what went wrong, an `AssetError` what could not be had; either way nothing was replaced.
     """
-    with lock(planned.out, waiting), _disk_faults(planned), _staging(planned.out) as staging:
+    with _disk_faults(planned), lock(planned.out, waiting), _staging(planned.out) as staging:
         _execute(planned, staging, report)
         finished = _finished(planned, staging)
         notebook, record_file = planned.out / f"{planned.paper.id}.ipynb", planned.out / "record.json"
@@ -291,8 +293,7 @@ def _follow(process: subprocess.Popen, position: dict[str, int]) -> None:
 
 def _judge(planned: Plan, staging: Path, code: int) -> None:
     """Raise what the executing program's end means, unless it was done."""
-    name, file = planned.paper.id, staging / "outcome.json"
-    outcome = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"kind": "killed"}
+    name, outcome = planned.paper.id, _outcome(staging / "outcome.json")
     kind = outcome["kind"]
     if kind == "done" and code == 0:
         return
@@ -301,11 +302,19 @@ def _judge(planned: Plan, staging: Path, code: int) -> None:
     if kind == "kernel":
         where = f"in cell {outcome['cell']}" if outcome["cell"] else "before its first cell"
         raise Fault(f"The kernel of {name} died {where} (killed from outside, or out of memory); {UNTOUCHED}.")
-    if kind == "disk":
+    if kind == "disk" or shutil.disk_usage(planned.out).free < LEAST_FREE:
         raise Fault(f"The disk that holds {planned.out} is full; {UNTOUCHED}.")
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     last = (staging / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
     raise Fault(f"The process that ran {name} {how}{f' ({last[0]})' if last else ''}; {UNTOUCHED}.")
+
+
+def _outcome(file: Path) -> dict[str, Any]:
+    """What the executing program wrote at its end; `killed` where it could not write it whole."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"kind": "killed"}
 
 
 def _judge_cell(planned: Plan, staging: Path, outcome: Mapping[str, Any]) -> None:
