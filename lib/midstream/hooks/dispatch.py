@@ -9,10 +9,9 @@ they see what the next module sees. A second tool's hooks keep their own order b
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -36,6 +35,7 @@ STAGES = {
     "drop": "leaving",
     "read": "leaving",
 }
+_STAGES_OF = {hook: [stage for stage, its in STAGES.items() if its == hook] for hook in STAGES.values()}
 
 
 @dataclass(frozen=True)
@@ -132,57 +132,58 @@ class Run:
 class Dispatcher:
     """Every action on one module, and the hooks that carry them out."""
 
-    def __init__(self, module: nn.Module, run: Run, block: int | None):
-        self.module = module
+    def __init__(self, run: Run):
         self.run = run
-        self.block = block  # None for modules inside or outside the blocks
+        self.block: int | None = None  # None for modules inside or outside the blocks
         self.actions: dict[str, list[Callable[..., Any]]] = {stage: [] for stage in STAGES}
         self._handles: dict[str, Any] = {}
         self._own_forward: Callable[..., Any] | None = None
 
-    def add(self, stage: str, action: Callable[..., Any]) -> None:
-        """Have `action` carried out at `stage` of each call."""
+    def add(self, module: nn.Module, stage: str, action: Callable[..., Any]) -> None:
+        """Have `action` carried out at `stage` of each call of `module`."""
         self.actions[stage].append(action)
-        module, hook, handles = self.module, STAGES[stage], self._handles
+        hook, handles = STAGES[stage], self._handles
         if "before" not in handles:
             handles["before"] = module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
-        if hook == "entering" and hook not in handles:
+        if hook in handles:
+            return
+        if hook == "entering":
             handles[hook] = module.register_forward_pre_hook(self._entering, with_kwargs=True)
-        elif hook == "after" and hook not in handles:
+        elif hook == "after":
             handles[hook] = module.register_forward_hook(self._after, prepend=True)
-        elif hook == "leaving" and hook not in handles:
+        elif hook == "leaving":
             handles[hook] = module.register_forward_hook(self._leaving)
-        elif hook == "forward" and self._own_forward is None:
-            self._replace_forward()
+        elif self._own_forward is None:
+            self._replace_forward(module)
 
-    def remove(self, stage: str, action: Callable[..., Any]) -> None:
+    def remove(self, module: nn.Module, stage: str, action: Callable[..., Any]) -> None:
         """Undo `add`; the last action to go takes every hook with it."""
         actions = self.actions[stage]
         actions.pop(next(number for number, other in enumerate(actions) if other is action))
         hook = STAGES[stage]
-        if actions or any(self.actions[other] for other, its_hook in STAGES.items() if its_hook == hook):
+        if actions or any(self.actions[other] for other in _STAGES_OF[hook]):
             return
         if hook == "forward":
-            self._put_back_forward()
+            self._put_back_forward(module)
         elif hook != "before":
             self._handles.pop(hook).remove()
         if not any(self.actions.values()):
             self._handles.pop("before").remove()
-            _DISPATCHERS.pop(self.module, None)
 
-    def _replace_forward(self) -> None:
+    def _replace_forward(self, module: nn.Module) -> None:
         """Hooks cannot leave a module out, so while there is a route the module's `forward` is one that can."""
-        self._was_set = "forward" in self.module.__dict__  # accelerate and nnsight set it on the instance too
-        self._own_forward, self._routed = self.module.forward, self._route
-        self.module.forward = self._routed
+        self._was_set = "forward" in module.__dict__  # accelerate and nnsight set it on the instance too
+        self._own_forward, self._routed = module.forward, self._route
+        module.forward = self._routed
 
-    def _put_back_forward(self) -> None:
-        if self.module.__dict__.get("forward") is not self._routed:
-            return  # another tool wrapped it meanwhile, and goes on through it
+    def _put_back_forward(self, module: nn.Module) -> None:
+        if module.__dict__.get("forward") is not self._routed:
+            _DISPATCHERS.pop(module)  # another tool wrapped it meanwhile, and goes on through this dispatcher
+            return
         if self._was_set:
-            self.module.forward = self._own_forward  # type: ignore[assignment]
+            module.forward = self._own_forward  # type: ignore[assignment]
         else:
-            del self.module.forward
+            del module.forward
         self._own_forward = None
 
     def _route(self, *args: Any, **kwargs: Any) -> Any:
@@ -197,7 +198,7 @@ class Dispatcher:
         if torch.compiler.is_compiling():
             raise HookError("this model is being compiled while a hook is open")  # the compiler then runs it uncompiled
         if len(module._forward_hooks) + len(module._forward_pre_hooks) > len(self._handles):
-            self._stand_outermost()
+            self._stand_outermost(module)
         for action in self.actions["note"]:
             action(args, kwargs)
         if self.block is None:
@@ -210,12 +211,12 @@ class Dispatcher:
             args, kwargs = _with_stream(args, kwargs, action(stream_in(args, kwargs)))
         return args, kwargs
 
-    def _stand_outermost(self) -> None:
+    def _stand_outermost(self, module: nn.Module) -> None:
         """Hooks that others put in since then may stand before `after` or behind the reads; step around them."""
         for name, hooks, last in (
-            ("entering", self.module._forward_pre_hooks, True),
-            ("after", self.module._forward_hooks, False),
-            ("leaving", self.module._forward_hooks, True),
+            ("entering", module._forward_pre_hooks, True),
+            ("after", module._forward_hooks, False),
+            ("leaving", module._forward_hooks, True),
         ):
             if name in self._handles and next(reversed(hooks) if last else iter(hooks)) != self._handles[name].id:
                 hooks.move_to_end(self._handles[name].id, last=last)  # type: ignore[attr-defined]
@@ -269,33 +270,45 @@ def run_of(places: Sites, stack: str) -> Run:
     return _RUNS[parent]
 
 
-def act(places: Sites, run: Run, site: Site, stage: str, action: Callable[..., Any]) -> Callable[[], None]:
-    """Have `action` carried out at a site of the stack that `run` is of; call what is returned to undo it."""
-    within = places.blocks(site.stack)[site.block]
+Action = tuple[Site, str, Callable[..., Any]]  # where, at which stage, what
+
+
+@contextmanager
+def acting(places: Sites, run: Run, actions: Iterable[Action]) -> Iterator[None]:
+    """Have actions carried out at sites of the stack that `run` is of, until the context is left."""
+    added: list[tuple[Dispatcher, nn.Module, str, Callable[..., Any]]] = []
+    try:
+        for site, stage, action in actions:
+            for module, block, its_stage, its_action in _spread(places, run, site, stage, action):
+                dispatcher = _dispatcher(module, run, block)
+                dispatcher.add(module, its_stage, its_action)
+                added.append((dispatcher, module, its_stage, its_action))
+        yield
+    finally:
+        for dispatcher, module, its_stage, its_action in reversed(added):
+            dispatcher.remove(module, its_stage, its_action)
+
+
+def _spread(
+    places: Sites, run: Run, site: Site, stage: str, action: Callable[..., Any]
+) -> list[tuple[nn.Module, int | None, str, Callable[..., Any]]]:
+    """The modules that an action at a site needs to hear of: for a site that is no block, also those around it."""
+    block = places.blocks(site.stack)[site.block]
     module = places.module(site)
-    dispatcher = _dispatcher(module, run, site.block if module is within else None)
-    if module is within:
-        dispatcher.add(stage, action)
-        return partial(dispatcher.remove, stage, action)
-    added = [(dispatcher, stage, action)]
+    if module is block:
+        return [(block, site.block, stage, action)]
     if site.part == "embed":
-        added += [(_dispatcher(above, run, None), "note", _noting(run)) for above in places.above(site.stack)]
+        around: list[Any] = [(above, None, "note", _noting(run)) for above in places.above(site.stack)]
     else:
-        added.append((_dispatcher(within, run, site.block), "note", _nothing))
-    for dispatcher, at_stage, what in added:
-        dispatcher.add(at_stage, what)
-
-    def undo() -> None:
-        for dispatcher, at_stage, what in reversed(added):
-            dispatcher.remove(at_stage, what)
-
-    return undo
+        around = [(block, site.block, "note", _nothing)]
+    return [(module, None, stage, action), *around]
 
 
 def _dispatcher(module: nn.Module, run: Run, block: int | None) -> Dispatcher:
     known = _DISPATCHERS.get(module)
-    if known is None:
-        known = _DISPATCHERS[module] = Dispatcher(module, run, block)
+    if known is None or known.run is not run:
+        known = _DISPATCHERS[module] = Dispatcher(run)
+    known.block = block
     return known
 
 

@@ -8,7 +8,7 @@ places, with `prune` keeping those places: writes come before drops, whatever th
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from transformers import Cache
 
 from midstream.errors import HookError
 from midstream.hooks.attend import named_arguments
-from midstream.hooks.dispatch import Drop, act, recomputing, run_of, stream_in
+from midstream.hooks.dispatch import Action, Drop, acting, recomputing, run_of, stream_in
 from midstream.hooks.sites import Site, sites
 
 # Where the tokens lie in a block's arguments: the axes of queries and of keys. Others must not follow the tokens.
@@ -64,17 +64,20 @@ def prune(
     if implementation not in ("sdpa", "eager"):
         raise HookError(f"prune needs attn_implementation 'sdpa' or 'eager', not '{implementation}'")
     blocks = places.blocks(column.name)
-    with ExitStack() as undo:
-        undo.callback(run.drops.clear)
-        undo.callback(act(places, run, Site(column.name, 0, "out"), "note", lambda args, kwargs: None))
-        undo.callback(act(places, run, Site(column.name, at, "out"), "drop", _Dropping(run, select, restore)))
-        for block in range(at + 1, len(column)):
-            site = Site(column.name, block, "out")
-            undo.callback(act(places, run, site, "cut", partial(_cut, run, blocks[block], block)))
-            undo.callback(act(places, run, site, "restore", partial(_restored, run)))
-            if block < len(column) - 1:
-                undo.callback(act(places, run, site, "cut_out", partial(_cut_stream, run)))
-        yield
+    actions: list[Action] = [
+        (Site(column.name, 0, "out"), "note", lambda args, kwargs: None),  # so that forwards are counted from block 0
+        (Site(column.name, at, "out"), "drop", _Dropping(run, select, restore)),
+    ]
+    for block in range(at + 1, len(column)):
+        site = Site(column.name, block, "out")
+        actions += [(site, "cut", partial(_cut, run, blocks[block], block)), (site, "restore", partial(_restored, run))]
+        if block < len(column) - 1:
+            actions.append((site, "cut_out", partial(_cut_stream, run)))
+    try:
+        with acting(places, run, actions):
+            yield
+    finally:
+        run.drops.clear()
 
 
 class _Dropping:

@@ -1,7 +1,7 @@
 """Read the residual stream and what is added to it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from midstream.errors import HookError
-from midstream.hooks.dispatch import Run, act, recomputing, run_of
+from midstream.hooks.dispatch import Run, acting, recomputing, run_of
 from midstream.hooks.sites import Site, sites
 
 
@@ -84,10 +84,8 @@ def read(
     wanted = [places.site((part, layer), column.name) for layer in chosen]
     reading = Reading(tuple(site.block for site in wanted), len(column))
     run = run_of(places, column.name)
-    with ExitStack() as undo:
-        for site in wanted:
-            record = partial(_record, reading, run, site, keep, grad)
-            undo.callback(act(places, run, site, "read_in" if part == "in" else "read", record))
+    stage = "read_in" if part == "in" else "read"
+    with acting(places, run, [(site, stage, partial(_record, reading, run, site, keep, grad)) for site in wanted]):
         yield reading
 
 

@@ -5,7 +5,7 @@ there. It does, by placeholder keys that are not numbers: a block that later att
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from midstream.errors import HookError
-from midstream.hooks.dispatch import act, recomputing, run_of, stream_in
+from midstream.hooks.dispatch import Action, acting, recomputing, run_of, stream_in
 from midstream.hooks.sites import Site, Sites, sites
 
 Stop = Callable[[int, Tensor], Any]
@@ -47,15 +47,15 @@ def route(
     column = places.stack(stack)
     whole = {_block(places, key, column.name) for key in skip if not isinstance(key, tuple)}
     path = _Path(places, column.name, whole, stop, propagate)
-    with ExitStack() as undo:
-        for block in range(len(column)):
-            site = Site(column.name, block, "out")
-            undo.callback(act(places, path.run, site, "route", partial(path.go, block)))
-            if callable(stop):
-                undo.callback(act(places, path.run, site, "read", partial(path.ask, block)))
-        for key in skip:
-            if isinstance(key, tuple):
-                undo.callback(act(places, path.run, _sublayer(places, key, column.name), "route", _nothing_added))
+    actions: list[Action] = []
+    for block in range(len(column)):
+        site = Site(column.name, block, "out")
+        actions.append((site, "route", partial(path.go, block)))
+        if callable(stop):
+            actions.append((site, "read", partial(path.ask, block)))
+    parts = [_sublayer(places, key, column.name) for key in skip if isinstance(key, tuple)]
+    actions += [(part, "route", _nothing_added) for part in parts]
+    with acting(places, path.run, actions):
         yield
 
 

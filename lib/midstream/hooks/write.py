@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from midstream.errors import HookError
-from midstream.hooks.dispatch import At, Run, act, run_of
+from midstream.hooks.dispatch import At, Run, acting, run_of
 from midstream.hooks.sites import Site, sites
 
 Edit = Callable[[Tensor, At], Tensor]
@@ -37,12 +37,12 @@ def write(
     Raises `HookError` when `fn` returns something else than a tensor of the shape it was given.
     """
     places = sites(model)
-    with ExitStack() as undo:
+    with ExitStack() as contexts:
         for key, fn in edits.items():
             site = places.site(key, stack)
             run = run_of(places, site.stack)
-            action = partial(_written, fn, site, run)
-            undo.callback(act(places, run, site, "write_in" if site.part == "in" else "write", action))
+            action = (site, "write_in" if site.part == "in" else "write", partial(_written, fn, site, run))
+            contexts.enter_context(acting(places, run, [action]))
         yield
 
 
