@@ -100,10 +100,10 @@ class Params(PaperParams):
 _FULL = Params(
     tasks=("movies", "sources"),
     n_seeds=5,
-    n_queries=48,
+    n_queries=40,
     n_saliency=16,
     isolate=(1, 3, 5, 7),
-    random_sets=10,
+    random_sets=8,
     reweight_samples=4,
     reweight_epochs=10,
     max_chars=90,
