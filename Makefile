@@ -28,6 +28,7 @@ lint: env ## ruff, format, types, notebooks without outputs
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/nbqa mypy --allow-untyped-defs notebooks
 	.venv/bin/nbstripout --keep-id --verify $(notebooks)
 
 test-slow: env assets ## the tests that need minutes or a packaged model

@@ -52,7 +52,7 @@ class Chapter:
         return self.record.result
 
     @cached_property
-    def params(self) -> PaperParams:
+    def params(self) -> Any:  # the Params of whichever paper this is
         """The parameters of the record that is shown, which may be a stronger preset's than the notebook's."""
         return self.paper.module().Params.model_validate(self.record.parameters)
 
