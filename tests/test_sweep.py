@@ -132,6 +132,11 @@ answer = [first.is_file(), second.is_file()]
     assert ask(code) == [False, True]
 
 
+def test_a_path_given_relative_to_the_caller_is_made_absolute(house: House, ask) -> None:
+    code = "answer = [p.name for p in sweeping.plan('coin', ['name=./a,../b,c/d']).cells.values()]"
+    assert ask(code) == [str(house.root / "a"), str(house.root.parent / "b"), "c/d"]
+
+
 @pytest.mark.slow
 def test_a_sweep_killed_in_the_middle_is_resumed_without_redoing_finished_cells(house: House) -> None:
     out = house.root / "runs/swept"

@@ -48,6 +48,8 @@ def typed(paper: Paper, base: Mapping[str, Any], name: str, value: Any) -> Any:
         raise RequestError(_unknown(paper, name))
     if not isinstance(value, str):
         return value
+    if value.startswith(("./", "../", "~/")):  # a path of the caller's; kernels and cells run in other folders
+        value = str(Path(value).expanduser().resolve())
     readings = [value, *_as_json(value), [item.strip() for item in value.split(",")]]
     return min(readings, key=lambda reading: _misfit(paper, {**base, name: reading}, name))
 
