@@ -181,6 +181,21 @@ def test_a_corrupted_record_is_told_in_the_banner_and_computed_again(house: Hous
     assert "The record results/toy/coin/quick.json is corrupted and does not count" in banner
 
 
+def test_without_a_checkout_a_notebook_computes_and_a_run_is_refused(ask: Asking, tmp_path: Path) -> None:
+    code = f"""
+checkout = os.environ["MIDSTREAM_ROOT"]
+os.environ["MIDSTREAM_ROOT"] = {str(tmp_path)!r}
+try:
+    run = open_chapter("coin", defaults)
+    answer = [run.origin, run.record.commit, *refused(lambda: running.plan("coin"))]
+finally:
+    os.environ["MIDSTREAM_ROOT"] = checkout
+"""
+    origin, commit, kind, sentence = ask(code)
+    assert (origin, commit, kind) == ("computed", "unknown", "RequestError")
+    assert sentence.startswith(f"There is no Midstream checkout at {tmp_path} (it has no notebooks/); ")
+
+
 def test_a_parameters_cell_that_lacks_a_field_is_refused(ask: Asking) -> None:
     code = "del defaults['bias']; answer = refused(lambda: open_chapter('coin', defaults))"
     assert ask(code) == ["RequestError", "The parameters cell of coin does not set bias."]

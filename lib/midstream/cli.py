@@ -241,8 +241,9 @@ def book_command(
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are errors; pages are counted.")] = False,
 ) -> None:
     """Build the book: notebooks, then chapters, then HTML."""
-    from midstream import book
+    from midstream import book, places
 
+    places.need_checkout()
     book.build(strict=strict)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from midstream.places import root
+from midstream.places import is_checkout, root
 
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "peft", "numpy", "scipy", "scikit-learn")
 GIB = 2**30
@@ -57,7 +57,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> tuple[str, bool]:
     """The checkout's commit, and whether `lib/` or `notebooks/` differ from it; ("unknown", True) without git."""
-    head = _git("rev-parse", "HEAD")
+    head = _git("rev-parse", "HEAD") if is_checkout() else None
     if head is None:
         return "unknown", True
     changes = _git("status", "--porcelain", "--", "lib", "notebooks")

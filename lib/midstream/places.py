@@ -11,15 +11,27 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def root() -> Path:
-    """The checkout: `MIDSTREAM_ROOT` where it is set, else the folder that holds this package's `lib/`."""
+    """The checkout: `MIDSTREAM_ROOT` where it is set, else the folder that holds this package's `lib/`.
+
+    Where the package was installed without a checkout, as in a hosted notebook, the folder holds none of what is
+    asked for below: experiments compute, and nothing is found recorded.
+    """
     named = os.environ.get("MIDSTREAM_ROOT")
-    folder = Path(named).expanduser().resolve() if named else PACKAGE.parents[1]
-    if not (folder / "notebooks").is_dir():
+    return Path(named).expanduser().resolve() if named else PACKAGE.parents[1]
+
+
+def is_checkout() -> bool:
+    """Whether there is a checkout with its notebooks."""
+    return (root() / "notebooks").is_dir()
+
+
+def need_checkout() -> None:
+    """Refuse what only a checkout can do."""
+    if not is_checkout():
         raise RequestError(
-            f"There is no Midstream checkout at {folder} (it has no notebooks/); "
+            f"There is no Midstream checkout at {root()} (it has no notebooks/); "
             "install with `pip install -e .` from a checkout, or set MIDSTREAM_ROOT to one."
         )
-    return folder
 
 
 def notebook(part: str, id: str) -> Path:

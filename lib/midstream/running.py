@@ -122,6 +122,7 @@ def plan(
     policy: Policy = "exact",
 ) -> Plan:
     """Check a request wholly, before anything starts; a `RequestError` says what is wrong with it."""
+    places.need_checkout()
     paper = find_paper(paper_id)
     chosen = request.preset(paper, preset)
     params = request.parameters(paper, preset, overrides or {})

@@ -85,6 +85,7 @@ def plan(
     out: Path | None = None,
 ) -> SweepPlan:
     """Check a sweep wholly, before anything starts; a `RequestError` says what is wrong with it."""
+    places.need_checkout()
     paper = find_paper(paper_id)
     chosen = request.preset(paper, preset)
     values = {name: split(text) for name, text in request.assignments(grid, "-g").items()}
