@@ -123,6 +123,18 @@ def test_softmax_of_recorded_scores_is_the_recorded_probabilities(family):
         close(scores[place].softmax(-1), probs[place])
 
 
+def test_inference_mode_is_read_and_edited_like_no_grad():
+    model, seen = tiny.build("llama"), {}
+
+    def blind(x, at):
+        x[..., 3] = -torch.inf
+
+    with attend(model, scores=blind, probs=recorder(seen)):
+        expected = run(model, input_ids=ids())
+        with torch.inference_mode():
+            close(model(ids())[0], expected)
+
+
 def test_soft_capped_scores_equal_the_eager_ones():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
