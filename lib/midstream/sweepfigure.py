@@ -83,7 +83,7 @@ def _panel(panel: Axes, table: pd.DataFrame, number: str, axis: str, series: str
         panel.plot(means.index, means, color=color, label=f"{series} = {value}" if series else None)
     if len(ticks) <= MOST_TICKS:
         panel.set_xticks(list(ticks), list(ticks.values()))
-    panel.set(xlabel=axis, title="\n".join(textwrap.wrap(number, 38)))
+    panel.set(xlabel=axis, title="\n".join(textwrap.wrap(number, 32)))
     if series:
         panel.legend(fontsize=8, frameon=False)
 
