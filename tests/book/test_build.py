@@ -28,6 +28,13 @@ def checkout(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def finished(tmp_path, record):
+    """A run that is done."""
+    nbformat.write(new_notebook(), tmp_path / "executed.ipynb")
+    return SimpleNamespace(notebook=tmp_path / "executed.ipynb", record=record, origin="computed")
+
+
+@pytest.fixture
 def record():
     interval = Span(estimate=0.25, low=-0.5, high=1.0, n=3)
     comparison = ComparisonVerdict(
@@ -109,15 +116,16 @@ def test_imports_are_read_from_code_cells_only():
     assert chapters.imports(new_notebook(cells=cells)) == {"midstream", "midstream.figures"}
 
 
-def test_an_executed_chapter_is_used_again_until_something_changes(checkout, monkeypatch):
+def test_an_executed_chapter_is_used_again_until_something_changes(checkout, finished, monkeypatch):
     runs = []
-    monkeypatch.setattr(chapters, "execute", lambda paper, report: runs.append(paper) or new_notebook())
+    monkeypatch.setattr(chapters, "execute", lambda paper, report: runs.append(paper) or finished)
     outcomes = [chapters.prepare(PAPER, checkout / "book") for _ in range(2)]
     assert [outcome.reused for outcome in outcomes] == [False, True]
+    assert [outcome.computed for outcome in outcomes] == [12.0, 0.0]
     assert len(runs) == 1
 
 
-def test_a_failed_chapter_leaves_a_page_that_says_so_and_a_later_success_removes_it(checkout, monkeypatch):
+def test_a_failed_chapter_leaves_a_page_that_says_so_and_a_later_success_removes_it(checkout, finished, monkeypatch):
     def fail(paper, report):
         raise MidstreamError("the kernel died")
 
@@ -125,7 +133,7 @@ def test_a_failed_chapter_leaves_a_page_that_says_so_and_a_later_success_removes
     assert [outcome.error for outcome in book.prepare_chapters(checkout / "book")] == ["the kernel died"]
     notice = checkout / "book" / "chapters" / PAPER.part / f"{PAPER.id}.md"
     assert "the kernel died" in notice.read_text()
-    monkeypatch.setattr(chapters, "execute", lambda paper, report: new_notebook())
+    monkeypatch.setattr(chapters, "execute", lambda paper, report: finished)
     book.prepare_chapters(checkout / "book")
     assert [path.suffix for path in notice.parent.iterdir()] == [".ipynb"]
 

@@ -7,6 +7,7 @@ last good book where it was.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from midstream.errors import MidstreamError
 from midstream.papers import Paper, papers
 from midstream.running import Progress
 
-console = Console(stderr=True)
+console = Console(stderr=True, soft_wrap=True)
 
 
 def build(strict: bool = False) -> Path:
@@ -96,11 +97,15 @@ def render(root: Path, strict: bool) -> Path:
     with console.status("pages"), log.open("w", encoding="utf-8") as stream:
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, cwd=root)
     if done.returncode:
-        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-40:])
-        raise MidstreamError(
-            f"Jupyter Book ended with exit code {done.returncode}; the last good book was kept.\n{tail}"
-        )
+        raise MidstreamError(f"Jupyter Book failed; the last good book was kept.\n{complaints(log)}")
     return work / "_build" / "html"
+
+
+def complaints(log: Path) -> str:
+    """The warnings and errors of a build, or the end of its log where it has none that say so."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8")).splitlines()
+    marked = [line for line in lines if "WARNING" in line or "ERROR" in line]
+    return "\n".join(marked or lines[-40:])
 
 
 def publish(html: Path, target: Path) -> Path:
@@ -119,11 +124,12 @@ def publish(html: Path, target: Path) -> Path:
 
 def report(first: Path, outcomes: list[Outcome], seconds: float) -> None:
     """Say where the book is, how to open it, and what its two times are."""
+    console.print(f"\nThe book: {first} ({len(checks.built(first.parent))} pages)", highlight=False)
+    console.print("Open that file in a browser, or serve it:", highlight=False)
+    console.print(f"  python -m http.server 8000 -d {first.parent}    then http://localhost:8000", highlight=False)
     quick = [record.seconds for outcome in outcomes if (record := records.find(outcome.paper, "quick"))]
-    folder = first.parent
-    console.print(f"\nThe book: {first} ({len(checks.built(folder))} pages)", highlight=False)
+    computed = sum(outcome.computed for outcome in outcomes)
     console.print(
-        f"Open that file, or: python -m http.server -d {folder} 8000  →  http://localhost:8000", highlight=False
+        f"All quick experiments, as recorded: {sum(quick):.0f} s for {len(quick)} of {len(outcomes)} chapters."
     )
-    console.print(f"All quick experiments: {sum(quick):.0f} s for {len(quick)} chapters, as recorded.", highlight=False)
-    console.print(f"This book from records: {seconds:.0f} s.", highlight=False)
+    console.print(f"This book: {seconds - computed:.0f} s, and {computed:.0f} s for experiments computed anew.")

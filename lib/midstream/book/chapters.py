@@ -15,17 +15,18 @@ from nbformat import NotebookNode
 from midstream import fingerprint, places, records, running
 from midstream.errors import MidstreamError
 from midstream.papers import Paper
-from midstream.running import Progress
+from midstream.running import Progress, Run
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one chapter: how long it took, and why it failed where it did."""
+    """What became of one chapter: how long it took, how much of that its experiment, and why it failed where it did."""
 
     paper: Paper
     seconds: float
+    computed: float = 0.0
     reused: bool = False
     error: str = ""
 
@@ -42,14 +43,16 @@ def prepare(paper: Paper, book: Path, report: Callable[[Progress], None] = lambd
     if stamp and _stamp_in(target) == stamp:
         return Outcome(paper, time.perf_counter() - started, reused=True)
     try:
-        notebook = execute(paper, report)
+        finished = execute(paper, report)
     except MidstreamError as error:
         target.unlink(missing_ok=True)
         records.write_text(notice, FAILURE_PAGE.format(title=paper.title, reason=error, id=paper.id))
         return Outcome(paper, time.perf_counter() - started, error=str(error))
     notice.unlink(missing_ok=True)
+    notebook = nbformat.read(finished.notebook, as_version=4)
     records.write_text(target, nbformat.writes(presentable(notebook, stamp_of(paper))))
-    return Outcome(paper, time.perf_counter() - started)
+    computed = finished.record.seconds if finished.origin == "computed" else 0.0
+    return Outcome(paper, time.perf_counter() - started, computed)
 
 
 def presentable(notebook: NotebookNode, stamp: str) -> NotebookNode:
@@ -105,13 +108,12 @@ To see it happen: `midstream run {id}`.
 """
 
 
-def execute(paper: Paper, report: Callable[[Progress], None]) -> NotebookNode:
+def execute(paper: Paper, report: Callable[[Progress], None]) -> Run:
     """Run a notebook with its default parameters in a fresh process; it shows its strongest current record."""
     if not places.notebook(paper.part, paper.id).is_file():
         raise MidstreamError(f"There is no notebook notebooks/{paper.part}/{paper.id}.ipynb.")
     out = places.root() / "_build" / "chapters" / paper.part / paper.id
-    finished = running.run(running.plan(paper.id, out=out, policy="strongest"), report=report)
-    return nbformat.read(finished.notebook, as_version=4)
+    return running.run(running.plan(paper.id, out=out, policy="strongest"), report=report)
 
 
 def _stamp_in(target: Path) -> str:
