@@ -150,6 +150,17 @@ def test_reading_tells_prefill_from_decoding_and_keeps_every_forward(model):
 
 
 @torch.no_grad()
+def test_a_reading_of_deep_blocks_knows_its_own_forward_after_one_of_shallow_blocks(model):
+    tokens = ids(model)
+    with read(model, layers=[0]) as shallow:
+        cached(model, tokens)
+    with read(model, layers=[2]) as deep:
+        cached(model, tokens)
+    pasts = [[forward.past for forward in reading.forwards] for reading in (shallow, deep)]
+    assert pasts == [[0, 10, 11, 12, 13]] * 2
+
+
+@torch.no_grad()
 def test_a_prefill_can_be_patched_and_decoding_left_alone(model):
     tokens = ids(model)
     seen = []

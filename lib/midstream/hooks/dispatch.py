@@ -8,6 +8,7 @@ recorders for `output_hidden_states` included, so those show what was written; r
 they see what the next module sees. A second tool's hooks keep their own order between the two.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class Run:
         self.number = 0  # counts forwards; a forward starts where the blocks' order starts again
         self.past = 0
         self.drops: list[Drop] = []  # what pruning took away so far in this forward
-        self._block = 0
+        self._block = sys.maxsize
         self._cache: Callable[[], Cache | None] = lambda: None
         self._shape: tuple[int, ...] = ()
         self._position_ids: Tensor | None = None
@@ -79,15 +80,21 @@ class Run:
         """The cache of this forward, if it has one."""
         return self._cache()
 
-    def begin(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def rest(self) -> None:
+        """Take the next block that is entered for the start of a forward, whichever block that is."""
+        self._block = sys.maxsize
+
+    def enter(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A block is entered: see whether this is a new forward, and how much its cache holds."""
-        if recomputing():
+        if block > self._block or recomputing():
+            self._block = max(block, self._block)
             return
-        if self.number == 0 or block <= self._block:
-            self.number += 1
-            self.drops = []
-            self.note_cache(block, args, kwargs)
+        if torch.compiler.is_compiling():
+            raise HookError("this model is being compiled while a hook is open")  # the compiler then runs it uncompiled
         self._block = block
+        self.number += 1
+        self.drops = []
+        self.note_cache(block, args, kwargs)
 
     def note_cache(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the cache among a module's arguments (an empty cache is falsy, so it is looked for by its class)."""
@@ -97,12 +104,12 @@ class Run:
 
     def note_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what `at` is made of: the tokens' number and, where the block is told them, their positions."""
-        self._shape = tuple(stream_in(args, kwargs).shape[:-1])
+        self._shape = stream_in(args, kwargs).shape
         self._position_ids = kwargs.get("position_ids")
 
     def unfolded(self, x: Tensor) -> Tensor:
         """A sub-layer's output as (batch, tokens, width), also where the block folds tokens into the batch (OPT)."""
-        return x.reshape(*self._shape, x.shape[-1]) if x.ndim == 2 else x
+        return x.reshape(*self._shape[:-1], x.shape[-1]) if x.ndim == 2 else x
 
     def survivors(self, length: int) -> Tensor | None:
         """Which places of a sequence of `length` tokens pruning left, (batch or 1, kept); None where it took none.
@@ -195,15 +202,13 @@ class Dispatcher:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _SUSPENDED:
             return None
-        if torch.compiler.is_compiling():
-            raise HookError("this model is being compiled while a hook is open")  # the compiler then runs it uncompiled
         if len(module._forward_hooks) + len(module._forward_pre_hooks) > len(self._handles):
             self._stand_outermost(module)
         for action in self.actions["note"]:
             action(args, kwargs)
         if self.block is None:
             return None
-        self.run.begin(self.block, args, kwargs)
+        self.run.enter(self.block, args, kwargs)
         for action in self.actions["cut"]:
             args, kwargs = action(args, kwargs)
         self.run.note_arguments(args, kwargs)
@@ -277,6 +282,7 @@ Action = tuple[Site, str, Callable[..., Any]]  # where, at which stage, what
 def acting(places: Sites, run: Run, actions: Iterable[Action]) -> Iterator[None]:
     """Have actions carried out at sites of the stack that `run` is of, until the context is left."""
     added: list[tuple[Dispatcher, nn.Module, str, Callable[..., Any]]] = []
+    run.rest()
     try:
         for site, stage, action in actions:
             for module, block, its_stage, its_action in _spread(places, run, site, stage, action):

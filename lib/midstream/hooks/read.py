@@ -99,7 +99,7 @@ def _record(
     if last is None or last.number != number or site.block in last:
         last = Forward(number, run.past)
         reading.forwards.append(last)
-    last[site.block] = _with_gradient(x, keep) if grad else _kept(x.detach(), keep)
+    last[site.block] = _with_gradient(x, keep) if grad else _kept(x.detach() if x.requires_grad else x, keep)
     return x
 
 
