@@ -66,7 +66,8 @@ def claims(claims: Iterable[ClaimVerdict], *, caption: str, stale: bool = False)
                 _lines(map(_paper_number, claim.numbers)) or "none given",
                 _lines(map(_comparison, claim.comparisons)),
                 verdict(direction),
-                "<br>".join("stale" if stale else verdict(number.verdict) for number in claim.numbers) or "none given",
+                "<br>".join(dict.fromkeys(verdict("stale" if stale else number.verdict) for number in claim.numbers))
+                or "none given",
             )
         )
     text = "\n".join(_claim_text(claim, stale) for claim in claims)
@@ -118,7 +119,7 @@ def verdict(text: str) -> str:
     word = f'<strong class="verdict verdict-{badge}"><span aria-hidden="true">{sign}</span> {escape(kind)}</strong>'
     return (
         f'<span class="midstream-verdict" style="border-left:0.3em solid {colour};padding-left:0.4em">'
-        f"{word}{escape(text.removeprefix(kind))}</span>"
+        f"{word} {escape(text.removeprefix(kind).lstrip(': '))}</span>"
     )
 
 
