@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midstream import display, machine, records
+from midstream import display, fingerprint, machine, records
 from midstream.display import Html
 from midstream.errors import RequestError
 from midstream.papers import Paper
@@ -97,9 +97,10 @@ def open_chapter(id: str, namespace: Mapping[str, Any]) -> Chapter:
 
 def compute(paper: Paper, params: PaperParams) -> Record:
     """Run a paper's experiment here and now, and make its record."""
+    module, code = paper.module(), fingerprint.code(paper.module_name)  # an edit during a long run changes neither
     started = time.perf_counter()
-    result = paper.module().experiment(params)
-    return records.make(paper, params, result, time.perf_counter() - started)
+    result = module.experiment(params)
+    return records.make(paper, params, result, time.perf_counter() - started, code)
 
 
 def machine_lacks(paper: Paper, preset: str) -> str:

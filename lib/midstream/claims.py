@@ -50,7 +50,8 @@ def direction(comparisons: Sequence[Comparison]) -> Direction:
 class PaperNumber:
     """A figure the paper reports, and how to read ours.
 
-    `tolerance` is absolute, in the figure's unit, and fixed before any run in the paper's setting.
+    `tolerance` is absolute, in the figure's unit, and fixed before any run in the paper's setting, which is that of
+    `preset`.
     """
 
     what: str
@@ -60,10 +61,11 @@ class PaperNumber:
     tolerance: float
     unit: str = ""
     ours: Callable[[Result], Interval] | None = None
+    preset: str = "paper"
 
     def verdict(self, result: Result | None, preset: str, needs: str) -> str:
-        """`reproduced`, `differs`, or `not attempted: needs …` unless the result is of the `paper` preset."""
-        if result is None or preset != "paper" or self.ours is None:
+        """`reproduced`, `differs`, or `not attempted: needs …` unless the result is of the number's preset."""
+        if result is None or preset != self.preset or self.ours is None:
             return f"not attempted: needs {needs}"
         gap = abs(self.ours(result).estimate - self.value)
         return "reproduced" if gap <= self.tolerance else "differs"

@@ -63,8 +63,8 @@ def claims(claims: Iterable[ClaimVerdict], *, caption: str, stale: bool = False)
         rows.append(
             (
                 escape(claim.statement),
-                _lines(map(_paper_number, claim.numbers)) or "none given",
-                _lines(map(_comparison, claim.comparisons)),
+                _lines(map(_paper_number, claim.numbers)) or escape(claim.reported) or "none given",
+                _lines([*map(_comparison, claim.comparisons), *map(_our_number, claim.numbers)]),
                 verdict(direction),
                 "<br>".join(dict.fromkeys(verdict("stale" if stale else number.verdict) for number in claim.numbers))
                 or "none given",
@@ -151,8 +151,12 @@ def _lines(parts: Iterable[str]) -> str:
 
 
 def _paper_number(number: NumberVerdict) -> str:
-    ours = f"; ours in that setting {number.ours}{_unit(number.unit)}" if number.ours else ""
-    return f"{number.what}: {number.value:.4g}{_unit(number.unit)} ({number.setting}; {number.source}){ours}"
+    return f"{number.what}: {number.value:.4g}{_unit(number.unit)} ({number.setting}; {number.source})"
+
+
+def _our_number(number: NumberVerdict) -> str:
+    measured = f"{number.ours}{_unit(number.unit)}" if number.ours else "not measured"
+    return f"{number.what}, {number.setting_of_ours}: {measured}"
 
 
 def _comparison(comparison: ComparisonVerdict) -> str:

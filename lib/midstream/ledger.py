@@ -43,7 +43,8 @@ def _rows(paper: Paper) -> Iterator[dict[str, Any]]:
             "part": paper.part,
             "claim": claim.id,
             "statement": claim.statement,
-            "paper_number": _joined(f"{n.what}: {n.value:g}{f' {n.unit}' if n.unit else ''}" for n in numbers),
+            "paper_number": _joined(f"{n.what}: {n.value:g}{f' {n.unit}' if n.unit else ''}" for n in numbers)
+            or claim.reported,
             "setting": _joined(n.setting for n in numbers),
             "source": _joined(n.source for n in numbers),
             **_ours(found.get(claim.id), record),
@@ -69,7 +70,7 @@ def _ours(claim: ClaimVerdict | None, record: Record | None) -> dict[str, str]:
 
 
 def _attempt(number: NumberVerdict) -> str:
-    return f"{number.what} in the paper's setting: {number.ours} {number.unit}".strip()
+    return f"{number.what}, {number.setting_of_ours}: {number.ours} {number.unit}".strip()
 
 
 def _joined(texts: Any) -> str:

@@ -87,7 +87,7 @@ class ComparisonVerdict(_Part):
 
 
 class NumberVerdict(_Part):
-    """One figure of the paper, and ours beside it where it was attempted."""
+    """One figure of the paper, ours beside it, and whether it was attempted in the paper's own setting."""
 
     what: str
     value: float
@@ -98,11 +98,14 @@ class NumberVerdict(_Part):
     ours: Span | None
     verdict: str
 
+    @property
+    def setting_of_ours(self) -> str:
+        """In which setting our figure was measured."""
+        return "at our scale" if self.verdict.startswith("not attempted") else "in the paper's setting"
+
     @classmethod
     def of(cls, number: PaperNumber, result: Result, preset: str, needs: str) -> NumberVerdict:
         """From the paper's figure and a result."""
-        verdict = number.verdict(result, preset, needs)
-        attempted = number.ours is not None and not verdict.startswith("not attempted")
         return cls(
             what=number.what,
             value=number.value,
@@ -110,8 +113,8 @@ class NumberVerdict(_Part):
             source=number.source,
             tolerance=number.tolerance,
             unit=number.unit,
-            ours=Span.of(number.ours(result)) if attempted and number.ours else None,
-            verdict=verdict,
+            ours=Span.of(number.ours(result)) if number.ours else None,
+            verdict=number.verdict(result, preset, needs),
         )
 
 
@@ -120,6 +123,7 @@ class ClaimVerdict(_Part):
 
     id: str
     statement: str
+    reported: str = ""
     direction: Literal["holds", "fails", "unclear"]
     comparisons: tuple[ComparisonVerdict, ...]
     numbers: tuple[NumberVerdict, ...]
@@ -130,6 +134,7 @@ class ClaimVerdict(_Part):
         return cls(
             id=claim.id,
             statement=claim.statement,
+            reported=claim.reported,
             direction=claim.direction(result),
             comparisons=tuple(ComparisonVerdict.of(comparison) for comparison in claim.check(result)),
             numbers=tuple(NumberVerdict.of(number, result, preset, needs) for number in claim.numbers),
@@ -167,8 +172,10 @@ class Record(_Part):
         return Result.from_dict({"tables": self.tables, "scalars": scalars})
 
 
-def make(paper: Paper, params: PaperParams, result: Result, seconds: float) -> Record:
-    """The record of a result just computed by this process."""
+def make(
+    paper: Paper, params: PaperParams, result: Result, seconds: float, code: Mapping[str, str] | None = None
+) -> Record:
+    """The record of a result just computed by this process; `code` is what the code was when it started."""
     from midstream.paper import Result
 
     module = paper.module()
@@ -177,7 +184,7 @@ def make(paper: Paper, params: PaperParams, result: Result, seconds: float) -> R
     preset = preset_of(paper, params)
     needs = module.PRESETS["paper"].needs if "paper" in module.PRESETS else ""
     needs = needs or "a run with the paper's own model and data (`--preset paper`)"
-    reached, revisions = fingerprint.code(paper.module_name), dict(module.revisions(params))
+    reached, revisions = dict(code or fingerprint.code(paper.module_name)), dict(module.revisions(params))
     head, dirty = machine.commit()
     return Record(
         paper=paper.id,
