@@ -168,7 +168,7 @@ class Dispatcher:
         actions = self.actions[stage]
         actions.pop(next(number for number, other in enumerate(actions) if other is action))
         hook = STAGES[stage]
-        if actions or any(self.actions[other] for other in _STAGES_OF[hook]):
+        if actions or any(map(self.actions.__getitem__, _STAGES_OF[hook])):
             return
         if hook == "forward":
             self._put_back_forward(module)
@@ -300,9 +300,9 @@ def _spread(
 ) -> list[tuple[nn.Module, int | None, str, Callable[..., Any]]]:
     """The modules that an action at a site needs to hear of: for a site that is no block, also those around it."""
     block = places.blocks(site.stack)[site.block]
-    module = places.module(site)
-    if module is block:
+    if site.part in ("in", "out"):
         return [(block, site.block, stage, action)]
+    module = places.module(site)
     if site.part == "embed":
         around: list[Any] = [(above, None, "note", _noting(run)) for above in places.above(site.stack)]
     else:
