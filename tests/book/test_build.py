@@ -221,6 +221,12 @@ def test_every_function_that_hooks_export_is_documented():
     assert page.index("{py:function} write(") < page.index("{py:class}")
 
 
+def test_a_signature_gives_types_by_their_last_names():
+    def f(model: "torch.nn.Module", fn: "collections.abc.Callable[[torch.Tensor], float] | None" = None) -> None: ...  # noqa: F821
+
+    assert api.signature("f", f) == "f(model: Module, fn: Callable[[Tensor], float] | None = None) -> None"
+
+
 def test_a_docstring_cannot_become_markup():
     assert api.harmless("sum_i |x|*2 in `a_b*` <b> [1](x)") == r"sum\_i \|x\|\*2 in `a_b*` \<b\> \[1\](x)"
 

@@ -87,12 +87,13 @@ def attributes(member: type) -> list[str]:
 
 
 def signature(name: str, function: Any) -> str:
-    """A signature on one line, with annotations as they stand in the source."""
+    """A signature on one line, with types by their last names and defaults that are objects left out."""
     try:
         text = str(inspect.signature(function))
     except (TypeError, ValueError):
         text = "(...)"
-    return name + re.sub(r"<[^<>]*>", "...", re.sub(r"'([^']*)'(?=[,)\]]| =)", r"\1", text))
+    text = re.sub(r"'([^']*)'(?=[,)\]]| =)", r"\1", text)
+    return name + re.sub(r"<[^<>]*>", "...", re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", text))
 
 
 def annotation(kind: Any) -> str:
