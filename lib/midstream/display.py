@@ -6,9 +6,10 @@ white and on dark pages alike, and there are no scripts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 
 from midstream.records import ClaimVerdict, ComparisonVerdict, NumberVerdict, Record
 
@@ -63,7 +64,7 @@ def claims(claims: Iterable[ClaimVerdict], *, caption: str, stale: bool = False)
         rows.append(
             (
                 escape(claim.statement),
-                _lines(map(_paper_number, claim.numbers)) or escape(claim.reported) or "none given",
+                _lines(_paper_numbers(claim.numbers)) or escape(claim.reported) or "none given",
                 _lines([*map(_comparison, claim.comparisons), *map(_our_number, claim.numbers)]),
                 verdict(direction),
                 "<br>".join(dict.fromkeys(verdict("stale" if stale else number.verdict) for number in claim.numbers))
@@ -150,8 +151,12 @@ def _lines(parts: Iterable[str]) -> str:
     return "<br>".join(escape(part) for part in parts)
 
 
-def _paper_number(number: NumberVerdict) -> str:
-    return f"{number.what}: {number.value:.4g}{_unit(number.unit)} ({number.setting}; {number.source})"
+def _paper_numbers(numbers: Sequence[NumberVerdict]) -> Iterator[str]:
+    """The paper's figures, a line each, and their setting once after those that share it."""
+    for (setting, where), group in groupby(numbers, key=lambda number: (number.setting, number.source)):
+        for number in group:
+            yield f"{number.what}: {number.value:.4g}{_unit(number.unit)}"
+        yield f"({setting}; {where})"
 
 
 def _our_number(number: NumberVerdict) -> str:
