@@ -177,7 +177,7 @@ def test_a_run_that_is_recorded_changes_state_and_ledger(midstream: Midstream) -
     assert midstream.json("papers")["papers"][0]["state"] == "recorded"
     [row] = midstream.json("ledger")
     assert (row["direction"], row["number"]) == ("holds", "not attempted: needs a GPU with 24 GiB")
-    assert row["ours"] == "heads: 0.913 [0.81, 1.02]"
+    assert row["ours"] == "heads: 0.913 [0.81, 1.02]; heads, at our scale: 0.913 [0.81, 1.02]"
 
 
 def test_verify_ends_with_1_where_numbers_differ(midstream: Midstream) -> None:
