@@ -118,7 +118,7 @@ def run_line(record: Record) -> str:
 def ledger_row(paper: Paper, claim: ClaimVerdict) -> list[str]:
     """Claim, the paper's numbers, ours, and the two verdicts, as HTML cells."""
     statement = f'{prose(claim.statement)} <a href="{chapter_link(paper, claims_anchor(paper))}">In the chapter</a>'
-    numbers = "<br>".join(map(paper_number, claim.numbers)) or "none reported"
+    numbers = "<br>".join(map(paper_number, claim.numbers)) or prose(claim.reported) or "none reported"
     verdicts = "<br>".join(dict.fromkeys(map(number_verdict, claim.numbers))) or "none"
     return [
         statement,
