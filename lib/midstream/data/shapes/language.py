@@ -311,10 +311,6 @@ _OTHER_WORDS = """
 top bottom left right center above below in front of behind at the a an thing things and there is are what colour shape
 where how many do have same yes no larger smaller more fewer than ? , : .
 """
-WORDS: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        (*COLOURS, *SHAPES, *(_plural("shape", shape) for shape in SHAPES), *SIZES, *TEXTURES, *NUMBERS)
-        + tuple(_OTHER_WORDS.split())
-    )
-)
+_ATTRIBUTES = (*COLOURS, *SHAPES, *(_plural("shape", shape) for shape in SHAPES), *SIZES, *TEXTURES, *NUMBERS)
+WORDS: tuple[str, ...] = tuple(dict.fromkeys((*_ATTRIBUTES, *_OTHER_WORDS.split())))
 """Every word and mark that captions, questions and answers are made of."""
