@@ -96,8 +96,6 @@ REFUSALS = {
     "does not have; run it where there is one, or choose another preset.",
     "verify coyn": "There is no paper 'coyn'; did you mean 'coin'?",
     "verify coin --preset ful": "coin has no preset 'ful'; did you mean 'full'?",
-    "models train coin": "There is no recipe to train 'coin': no chapter has a trained miniature yet, so nothing "
-    "can be trained.",
 }
 
 

@@ -198,17 +198,20 @@ def models_command(context: typer.Context, as_json: Json = False) -> None:
     """List the models and data sets with source, licence and size."""
     if context.invoked_subcommand is not None:
         return None
-    from midstream import data, zoo
+    from midstream import data, training, zoo
 
     kinds = {"models": zoo.cards(), "data": data.cards()}
+    states = training.states()
     if as_json:
         return _print_json(
             {kind: {name: asdict(card) for name, card in cards.items()} for kind, cards in kinds.items()}
+            | {"recipes": states}
         )
     for kind, cards in kinds.items():
         table = _table(kind.capitalize(), "name", "what", "licence", "size", "source")
         for name, card in cards.items():
-            table.add_row(*map(escape, (name, card.title, card.licence, card.size, card.source)))
+            old = f" ({states[name]})" if states.get(name, "current") != "current" else ""
+            table.add_row(*map(escape, (name, card.title, card.licence, card.size, card.source + old)))
         _out().print(table)
     return None
 
@@ -229,11 +232,27 @@ def fetch_command(name: Annotated[str, typer.Argument(metavar="NAME")], as_json:
 
 
 @models_app.command("train")
-def train_command(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
-    """Train one of the repository's miniatures again."""
-    raise RequestError(
-        f"There is no recipe to train '{name}': no chapter has a trained miniature yet, so nothing can be trained."
-    )
+def train_command(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    out: Annotated[Path | None, typer.Option("--out", help="Write to this folder; trained/ unless named.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="At most so many steps a stage: a try.")] = None,
+    ship: Annotated[bool, typer.Option("--ship", help="Replace the weights that come with midstream.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train one of the repository's miniatures again and measure it beside the one that is shipped."""
+    from midstream import training
+
+    planned = training.plan(name, out, steps, ship)
+    with _bars(name) as report:
+        rows = training.compared(planned.shipped, card := training.train(planned, report))
+    if as_json:
+        return _print_json({"folder": str(planned.target), "measured": rows, "card": card.model_dump(mode="json")})
+    table = _table(f"{card.title}: {card.seconds:.0f} s on {card.device}", "measured", "now", "shipped", "on")
+    for row in rows:
+        shipped = "" if row["shipped"] is None else f"{row['shipped']:.4g}"
+        table.add_row(*map(escape, (row["what"], f"{row['value']:.4g} {row['unit']}", shipped, row["on"])))
+    _out().print(table)
+    return _out().print(f"weights: {planned.target}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command("book")
@@ -315,6 +334,25 @@ def _status(first: str) -> Iterator[Callable[[str], None]]:
         return
     with console.status(escape(first)) as status:
         yield lambda text: status.update(escape(text))
+
+
+@contextmanager
+def _bars(name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar a stage of a training on standard error: live on a terminal, one line a stage elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console, tasks = _err(), {}
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+
+        def report(stage: str, step: int, steps: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(escape(f"{name}: {stage}"), total=steps)
+                if not console.is_terminal:
+                    console.print(f"{name}: {stage}, {steps} steps", highlight=False, markup=False)
+            progress.update(tasks[stage], completed=step)
+
+        yield report
 
 
 def _table(title: str, *columns: str) -> Table:

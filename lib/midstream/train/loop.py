@@ -70,23 +70,26 @@ def fit(
             group["lr"] = rate
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             value = loss(wrapped, send_to_device(batch, accelerator.device))
+        number = _finite(value, step)
+        optimizer.zero_grad()  # also of what the model carried before the first step
         accelerator.backward(value)
         norm = accelerator.clip_grad_norm_(model.parameters(), schedule.clip)
         optimizer.step()
-        optimizer.zero_grad()
         if after_step:
             after_step(step)
-        rows.append(_row(step, value, rate, norm, time.perf_counter() - started))
+        row = {"step": step, "loss": number, "learning_rate": rate, "gradient_norm": float(norm or 0.0)}
+        rows.append(row | {"seconds": time.perf_counter() - started})
+    optimizer.zero_grad()
     model.eval()
     return pd.DataFrame(rows)
 
 
-def _row(step: int, value: Tensor, rate: float, norm: Any, seconds: float) -> dict[str, float]:
-    number = float(value.detach())
+def _finite(loss: Tensor, step: int) -> float:
+    """The loss as a number, looked at before it changes any weight."""
+    number = float(loss.detach())
     if not math.isfinite(number):
         raise FloatingPointError(f"The loss of step {step} is {number}; a lower learning rate may help.")
-    row = {"step": step, "loss": number, "learning_rate": rate, "gradient_norm": float(norm or 0.0)}
-    return row | {"seconds": seconds}
+    return number
 
 
 def _exactly(batches: Iterable[Any], steps: int) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Models behind one `load(name)`: packaged, tiny, local or from the Hub."""
+"""Models behind one `load(name)`: packaged, trained here, tiny, local or from the Hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from midstream.assets import Card
 from midstream.errors import AssetError, RequestError
-from midstream.zoo import hub, packaged
+from midstream.zoo import hub, organisms, packaged
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +40,11 @@ def load(
 ) -> Loaded:
     """A model in eval mode with its tokenizer.
 
-    `name` is a packaged model (`smollm2`, `minilm`, `gemma3-270m`), `tiny:<family>` (random weights), a local folder
-    or a Hub id, with `@revision` where a certain one is meant. `device` is `cpu`, `cuda`, `cuda:1` or `auto` (the GPU
-    where there is one; a model too large for it is spread). `dtype` is float32 on the CPU and bfloat16 on a GPU
-    unless told. Raises `RequestError` for a name, device, precision or attention that cannot be one and `AssetError`
-    for a model that cannot be had.
+    `name` is a packaged model (`smollm2`, `minilm`, `gemma3-270m`), a miniature trained here (`zoo.organisms.names()`),
+    `tiny:<family>` (random weights), a local folder or a Hub id, with `@revision` where a certain one is meant.
+    `device` is `cpu`, `cuda`, `cuda:1` or `auto` (the GPU where there is one; a model too large for it is spread).
+    `dtype` is float32 on the CPU and bfloat16 on a GPU unless told. Raises `RequestError` for a name, device,
+    precision or attention that cannot be one and `AssetError` for a model that cannot be had.
     """
     from midstream.zoo.loaded import Loaded, load_folder, load_tiny
 
@@ -61,6 +61,8 @@ def fetch(name: str) -> Path:
     """Make sure that a model is on this machine, and say in which folder; raises as `load` does."""
     if name in packaged.PACKAGED:
         return packaged.folder(name)
+    if name in organisms.names():
+        return organisms.folder(name)
     if name.startswith("tiny:"):
         raise RequestError(f"{name} is made on the spot; there is nothing to fetch.")
     if local := _local_folder(name):
@@ -75,8 +77,8 @@ def fetch(name: str) -> Path:
 def revision(name: str) -> str:
     """What identifies the weights that `load` gives, without loading them.
 
-    Packaged: the pinned SHA-256; `tiny:<family>@<hash of the recipe>`; a folder: SHA-256 over its weights and
-    configuration; the Hub: the commit in the cache, or `hub:<id>@main` before it is fetched.
+    Packaged: the pinned SHA-256; `tiny:<family>@<hash of the recipe>`; trained here or a folder: SHA-256 over weights
+    and configuration; the Hub: the commit in the cache, or `hub:<id>@main` before it is fetched.
     """
     if name in packaged.PACKAGED:
         return packaged.PACKAGED[name].revision
@@ -84,7 +86,7 @@ def revision(name: str) -> str:
         from midstream.zoo.tiny_tokenizer import recipe
 
         return f"{name}@{recipe(name.removeprefix('tiny:'))}"
-    if local := _local_folder(name):
+    if local := _shipped_or_local(name):
         from midstream.zoo.loaded import folder_revision
 
         return folder_revision(local)
@@ -93,14 +95,17 @@ def revision(name: str) -> str:
 
 
 def cards() -> dict[str, Card]:
-    """The card of every packaged model and of the tiny ones."""
-    return {name: model.card for name, model in packaged.PACKAGED.items()} | {"tiny:<family>": _TINY_CARD}
+    """The card of every packaged model, of the miniatures trained here and of the tiny ones."""
+    found = {name: model.card for name, model in packaged.PACKAGED.items()}
+    return found | {name: organisms.asset_card(name) for name in organisms.names()} | {"tiny:<family>": _TINY_CARD}
 
 
 def card(name: str) -> Card:
     """The card of a model; of folders and Hub ids, what can be said without opening them."""
     if name in packaged.PACKAGED:
         return packaged.PACKAGED[name].card
+    if name in organisms.names():
+        return organisms.asset_card(name)
     if name.startswith("tiny:"):
         return _TINY_CARD
     if local := _local_folder(name):
@@ -120,6 +125,10 @@ _TINY_CARD = Card(
 )
 
 
+def _shipped_or_local(name: str) -> Path | None:
+    return organisms.WEIGHTS / name if name in organisms.names() else _local_folder(name)
+
+
 def _local_folder(name: str) -> Path | None:
     """The folder a name stands for; one without a config.json counts only if the name is clearly a path."""
     path = Path(name or "no name").expanduser()
@@ -131,11 +140,15 @@ def _local_folder(name: str) -> Path | None:
 def _require_hub_id(name: str) -> None:
     if not hub.is_id(name):
         raise RequestError(
-            f"{name!r} is no folder on this machine, no packaged model ({', '.join(packaged.PACKAGED)}), no "
-            "tiny:<family> and no Hub id (owner/model)."
+            f"{name!r} is no folder on this machine, no model that comes with midstream or in a package "
+            f"({', '.join(_known())}), no tiny:<family> and no Hub id (owner/model).{_hint(name)}"
         )
 
 
+def _known() -> list[str]:
+    return [*packaged.PACKAGED, *organisms.names()]
+
+
 def _hint(name: str) -> str:
-    near = difflib.get_close_matches(name, packaged.PACKAGED, n=1)
+    near = difflib.get_close_matches(name, _known(), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from midstream.assets import Card, file_sha256
 from midstream.errors import AssetError, RequestError
 from midstream.zoo.bars import bars_only_on_a_terminal
+from midstream.zoo.organisms import CARD
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "merges.txt")
 
@@ -192,8 +193,8 @@ def parameter_count(folder: Path) -> int:
 
 
 def folder_revision(folder: Path) -> str:
-    """SHA-256 over a folder's safetensors and JSON files, names included."""
-    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+    """SHA-256 over a folder's safetensors and JSON files, names included; a card only describes, so it is left out."""
+    paths = sorted(path for kind in ("safetensors", "json") for path in folder.glob(f"*.{kind}") if path.name != CARD)
     digest = hashlib.sha256()
     for path in paths:
         facts = path.stat()
