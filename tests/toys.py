@@ -17,8 +17,8 @@ from midstream.zoo.loaded import Loaded
 
 def make(training: Training) -> Trained:
     tokenizer = tiny_tokenizer.build("llama")
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = hf.LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": len(tokenizer)}
+    config = hf.LlamaConfig(num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True, **sizes)
     model = hf.LlamaForCausalLM(config)
     training.fit("count", model, batches(len(tokenizer)), loss, Schedule(steps=4, learning_rate=1e-2), batch=2)
     return Trained(model, tokenizer)
