@@ -1,0 +1,1 @@
+"""Part: training and decoding text."""
