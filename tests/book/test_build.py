@@ -7,7 +7,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from midstream import book
-from midstream.book import api, chapters, checks, extension, pages
+from midstream.book import api, chapters, checks, extension, generated, pages
 from midstream.errors import MidstreamError
 from midstream.papers import papers
 from midstream.records import ClaimVerdict, ComparisonVerdict, NumberVerdict, Record, Span
@@ -160,7 +160,7 @@ def test_a_failed_build_keeps_the_last_good_book(checkout, monkeypatch, strict):
         raise MidstreamError("Jupyter Book ended with exit code 1")
 
     monkeypatch.setattr(book, "prepare_chapters", lambda folder: [])
-    monkeypatch.setattr(pages, "write", lambda folder: None)
+    monkeypatch.setattr(generated, "write", lambda folder: None)
     monkeypatch.setattr(api, "write", lambda folder: None)
     monkeypatch.setattr(book, "render", fail)
     with pytest.raises(MidstreamError):
@@ -173,7 +173,7 @@ def test_a_strict_build_does_not_publish_a_book_with_faults(checkout, monkeypatc
     work.mkdir()
     (work / "index.html").write_text('<img src="bare.png">')
     monkeypatch.setattr(book, "prepare_chapters", lambda folder: [])
-    monkeypatch.setattr(pages, "write", lambda folder: None)
+    monkeypatch.setattr(generated, "write", lambda folder: None)
     monkeypatch.setattr(api, "write", lambda folder: None)
     monkeypatch.setattr(book, "render", lambda root, strict: work)
     with pytest.raises(MidstreamError, match=r"bare\.png has no alt text"):

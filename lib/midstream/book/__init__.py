@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.status import Status
 
 from midstream import places, records
-from midstream.book import api, chapters, checks, pages
+from midstream.book import api, chapters, checks, generated
 from midstream.book.chapters import Outcome
 from midstream.errors import MidstreamError
 from midstream.papers import Paper, papers
@@ -38,7 +38,7 @@ def build(strict: bool = False) -> Path:
     root = places.root()
     started = time.perf_counter()
     outcomes = prepare_chapters(root / "book")
-    pages.write(root / "book")
+    generated.write(root / "book")
     api.write(root / "book")
     html = render(root, strict)
     faults = checks.faults(html, root / "_toc.yml", root / "book")

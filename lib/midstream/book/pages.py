@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import html
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,11 @@ import nbformat
 from docutils import nodes
 
 from midstream import display, places, records
+from midstream.book import miniatures
+from midstream.book.markup import badge, facts_table, plain, prose, raw, table, unit
 from midstream.papers import Paper, papers, parts
 from midstream.records import ClaimVerdict, ComparisonVerdict, NumberVerdict, Record
-
-GENERATED = "_generated"
-"""Folder of the fragments within the book; hand-written pages include them."""
-
-
-def write(book: Path) -> None:
-    """Write every fragment into `book/_generated/`."""
-    shown = shown_records()
-    fragments: dict[str, Callable[[], str]] = {
-        "welcome": lambda: welcome(shown),
-        "ledger": lambda: ledger(shown),
-        "status": status,
-        "cards": cards,
-        "adding": adding,
-    }
-    for name, make in fragments.items():
-        records.write_text(book / GENERATED / f"{name}.md", make())
+from midstream.zoo import organisms
 
 
 def shown_records() -> dict[str, Record | None]:
@@ -62,12 +48,12 @@ def counts(shown: dict[str, Record | None]) -> str:
         (sum(claim.direction == word for claim in claims), word) for word in ("holds", "fails", "unclear") if claims
     ]
     items = "".join(f"<li><b>{number}</b> {html.escape(word)}</li>" for number, word in figures)
-    return _raw(f'<ul class="counts">{items}</ul>')
+    return raw(f'<ul class="counts">{items}</ul>')
 
 
 def paper_item(paper: Paper) -> str:
     """One paper as a list item: its title, linked to its chapter where there is one, its state, and arXiv."""
-    title = _plain(paper.title)
+    title = plain(paper.title)
     state = "chapter" if paper.has_chapter else "planned"
     named = f"[{title}](chapters/{paper.part}/{paper.id}.ipynb)" if paper.has_chapter else title
     return f"- {named} [{state} · [arXiv](https://arxiv.org/abs/{paper.arxiv})]{{.state .{state}}}"
@@ -93,7 +79,7 @@ def ledger(shown: dict[str, Record | None]) -> str:
 
 def ledger_section(paper: Paper, record: Record | None) -> str:
     """A paper's claims with both verdicts, or the plain word that none is current."""
-    head = f"### [{_plain(paper.title)}](chapters/{paper.part}/{paper.id}.ipynb)\n\n"
+    head = f"### [{plain(paper.title)}](chapters/{paper.part}/{paper.id}.ipynb)\n\n"
     if record is None:
         return (
             head + f"No current record: `midstream run {paper.id}` makes one. A stale record counts for nothing here."
@@ -112,7 +98,7 @@ def claims_anchor(paper: Paper) -> str:
 
 def run_line(record: Record) -> str:
     """When a record was made, and what it took, as a sentence."""
-    return f"Recorded on {day(record)}, preset `{record.preset or 'own'}`: {_plain(display.cost_text(record))}."
+    return f"Recorded on {day(record)}, preset `{record.preset or 'own'}`: {plain(display.cost_text(record))}."
 
 
 def ledger_row(paper: Paper, claim: ClaimVerdict) -> list[str]:
@@ -132,12 +118,12 @@ def ledger_row(paper: Paper, claim: ClaimVerdict) -> list[str]:
 def paper_number(number: NumberVerdict) -> str:
     """The paper's figure with its setting and where it stands."""
     setting = f"{number.setting}; {number.source}"
-    return f"{prose(number.what)}: <b>{number.value:g}{_unit(number.unit)}</b> <small>{prose(setting)}</small>"
+    return f"{prose(number.what)}: <b>{number.value:g}{unit(number.unit)}</b> <small>{prose(setting)}</small>"
 
 
 def our_number(comparison: ComparisonVerdict) -> str:
     """Our estimate with its interval, and what was claimed of it."""
-    estimate = f"{comparison.interval}{_unit(comparison.unit)}"
+    estimate = f"{comparison.interval}{unit(comparison.unit)}"
     claimed = f"claimed {comparison.side} {comparison.threshold:g}"
     return f"{prose(comparison.what)}: <b>{html.escape(estimate)}</b> <small>{claimed}</small>"
 
@@ -146,7 +132,7 @@ def number_verdict(number: NumberVerdict) -> str:
     """The number verdict, and our number in the paper's setting where it was attempted."""
     if number.ours is None:
         return display.verdict(number.verdict)
-    found = f"{number.ours}{_unit(number.unit)}, tolerance {number.tolerance:g}"
+    found = f"{number.ours}{unit(number.unit)}, tolerance {number.tolerance:g}"
     return f"{display.verdict(number.verdict)} <small>{html.escape(found)}</small>"
 
 
@@ -179,13 +165,14 @@ def status_rows(paper: Paper) -> Iterable[list[str]]:
 
 
 def cards() -> str:
-    """The cards of the packaged models and data sets."""
+    """The cards of the packaged models, of the miniatures trained here, and of the data sets."""
     from midstream import data, zoo
 
-    sections = []
-    for title, found in (("Models", zoo.cards()), ("Data", data.cards())):
-        entries = found.items() if isinstance(found, dict) else ((card.title, card) for card in found)
-        sections += [f"## {title}", *(card_section(name, card) for name, card in entries)]
+    trained = organisms.names()
+    models = {name: card for name, card in zoo.cards().items() if name not in trained}
+    sections = ["## Models", *(card_section(name, card) for name, card in models.items())]
+    sections += [miniatures.section(trained)] if trained else []
+    sections += ["## Data", *(card_section(name, card) for name, card in data.cards().items())]
     return "\n\n".join(sections)
 
 
@@ -203,8 +190,7 @@ def card_section(name: str, card: Any) -> str:
         if value:
             text = f"<code>{html.escape(str(value))}</code>" if field == "sha256" else prose(str(value))
             facts.append((label, text))
-    rows = "".join(f'<tr><th scope="row">{label}</th><td>{text}</td></tr>' for label, text in facts)
-    return f"### {_plain(card.title)}\n\n" + _raw(f'<table class="card-facts"><tbody>{rows}</tbody></table>')
+    return f"### {plain(card.title)}\n\n" + facts_table(facts)
 
 
 # ---------------------------------------------------------------- adding a paper
@@ -242,25 +228,7 @@ def _lines(path: Path) -> str:
     return str(sum(len(cell.source.splitlines()) for cell in cells))
 
 
-# ---------------------------------------------------------------- words and HTML
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], classes: str) -> str:
-    """An HTML table; with the class `stacked` a phone shows each row as a card."""
-    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return _raw(f'<div class="scroll"><table class="{classes}">{inner}</table></div>')
-
-
-def badge(kind: str, word: str = "") -> str:
-    """A verdict as a coloured word; the word, not the colour, carries the meaning."""
-    return f'<span class="verdict verdict-{kind}">{html.escape(word or kind)}</span>'
-
-
-def prose(text: str) -> str:
-    """Plain text with `code` as HTML."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+# ---------------------------------------------------------------- words
 
 
 def memory(record: Record) -> str:
@@ -272,16 +240,3 @@ def memory(record: Record) -> str:
 def day(record: Record) -> str:
     """The date of a record."""
     return datetime.datetime.fromisoformat(record.date).date().isoformat()
-
-
-def _unit(unit: str) -> str:
-    return html.escape(unit if unit.startswith(("%", "×")) or not unit else f" {unit}")
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown leaves as it is."""
-    return re.sub(r"([\\`*_{}\[\]<>$|])", r"\\\1", text)
-
-
-def _raw(markup: str) -> str:
-    return f"```{{raw}} html\n{markup}\n```"
