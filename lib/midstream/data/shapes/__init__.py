@@ -28,7 +28,7 @@ from midstream.data.shapes.scenes import (
     scene,
     scenes,
 )
-from midstream.data.shapes.videos import KINDS, VIDEO_WORDS, Event, Video, video_question, videos
+from midstream.data.shapes.videos import KINDS, VIDEO_WORDS, Event, Video, alternatives, video_question, videos
 
 VOCABULARY: tuple[str, ...] = tuple(dict.fromkeys((*WORDS, *VIDEO_WORDS)))
 """Every word and mark of every text of this world."""
@@ -51,6 +51,7 @@ __all__ = [
     "Spec",
     "Thing",
     "Video",
+    "alternatives",
     "boxes",
     "caption",
     "depth",

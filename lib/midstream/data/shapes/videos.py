@@ -30,7 +30,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Video:
-    """Frames in order; what happens is read from them, so that it stays true of a video with other frames."""
+    """Frames in order, each with one thing; what happens is read from them, so that it stays true of a video with other frames."""
 
     kind: str
     frames: tuple[Scene, ...]
@@ -79,6 +79,12 @@ def video_question(video: Video, rng: random.Random) -> Question:
     return _QUESTIONS[video.kind](video, rng)
 
 
+def alternatives(question: Question) -> tuple[str, str]:
+    """The two answers that a question about a video names, as it names them."""
+    first, _, second = question.text.rstrip("?").rpartition(" or ")
+    return first.split()[-1], second
+
+
 def _thing(rng: random.Random, spec: Spec, avoid: Sequence[Thing] = ()) -> Thing:
     """A thing somewhere, of a colour and shape that the others do not have."""
     x, y = (rng.choice(CELL_CENTRES) + rng.uniform(-JITTER, JITTER) for _ in range(2))
@@ -88,9 +94,10 @@ def _thing(rng: random.Random, spec: Spec, avoid: Sequence[Thing] = ()) -> Thing
 
 
 def _order(rng: random.Random, spec: Spec, frames: int) -> tuple[Scene, ...]:
-    """Two or three things, each shown alone for a while."""
+    """Two or three things, each shown alone for a while; two where the frames, colours or shapes are few."""
     things: list[Thing] = []
-    for _ in range(rng.choice((2, 3)) if frames >= 6 else 2):
+    most = min(3 if frames >= 6 else 2, len(spec.colours), len(spec.shapes))
+    for _ in range(rng.choice((2, 3)) if most == 3 else most):
         things.append(_thing(rng, spec, things))
     background = rng.choice(spec.backgrounds)
     cuts = sorted(rng.sample(range(2, frames - 1, 2 if frames >= 8 else 1), len(things) - 1))
@@ -174,7 +181,7 @@ def _ask_order(video: Video, rng: random.Random) -> Question:
 
 
 def _ask_growth(video: Video, rng: random.Random) -> Question:
-    grows = video.frames[-1].things[0].scale > video.frames[0].things[0].scale
+    grows = video.frames[-1].things[0].radius > video.frames[0].things[0].radius
     shape = video.frames[0].things[0].shape
     return Question("growth", f"does the {shape} {_either('grow', 'shrink', rng)}?", "grow" if grows else "shrink")
 

@@ -1,0 +1,1 @@
+"""Part: distillation and transfer."""
