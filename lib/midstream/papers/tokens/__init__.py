@@ -1,0 +1,1 @@
+"""Part: fewer tokens, fewer bits."""
