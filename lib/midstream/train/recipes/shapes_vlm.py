@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,16 +17,18 @@ from midstream.train.recipes import Data, Measured, Recipe, Trained, Training, s
 from midstream.train.recipes import _shapes as world
 from midstream.zoo.loaded import Loaded
 
-BATCH = 24
-TEXT_ROWS = 3
-"""Rows of a batch that hold captions instead of images."""
+BATCH = 16
+"""Images a step."""
 ALIGN = Schedule(steps=150, learning_rate=2e-3, warmup=0.1)
-TUNE = Schedule(steps=3000, learning_rate=1e-3, warmup=0.04, weight_decay=0.05)
-LENGTH = 420
+TUNE = Schedule(steps=2500, learning_rate=1e-3, warmup=0.04, weight_decay=0.05)
+LENGTH = 440
 VISUAL_TOKENS = (world.SIZE // world.PATCH) ** 2
-IMAGES_IN_A_ROW = (1,) * 13 + (2,) * 4 + (4,) * 3
-"""Drawn from: most rows show one image, some two or four, each followed by its own questions."""
-QUESTIONS_IN_A_ROW = 7
+IMAGES_IN_A_ROW = (1,) * 13 + (2,) * 2 + (4,) * 2
+"""Drawn from, a batch at a time: most rows show one image, some two or four, each followed by its own questions."""
+TEXT_EVERY = 6
+"""Every so many batches, one holds captions in the place of images."""
+QUESTIONS = {1: 14, 2: 7, 4: 3}
+"""About each image, by the images in its row."""
 
 
 def build() -> Any:
@@ -73,26 +76,25 @@ def make(training: Training) -> Trained:
 
 
 def _batches(seed: int) -> Iterator[dict[str, Tensor]]:
-    """Rows of one, two or four images, each with questions; some rows with captions in their place."""
-    rng, number = random.Random(seed), 0
+    """Rows of one, two or four images, each with questions; now and then a batch of captions in their place."""
+    rng, start = random.Random(seed), 0
     words = world.tokenizer("<s> $A").get_vocab()
-    while True:
-        rows, seen = [], []
-        for _ in range(BATCH - TEXT_ROWS):
-            scenes = shapes.scenes(rng.choice(IMAGES_IN_A_ROW), seed=seed, start=number)
-            number += len(scenes)
-            seen += scenes
-            rows.append([_about(scene, max(1, QUESTIONS_IN_A_ROW // len(scenes)), rng, words) for scene in scenes])
-        for _ in range(TEXT_ROWS):
-            count = rng.choice((1, 1, 2))
-            rows.append(shapes_lm.text_conversations(range(number, number + count), seed, rng, words))
-            number += count
-        yield {**world.pack(rows, LENGTH), "pixel_values": world.pixels(shapes.render(seen, world.SIZE))}
+    for number in itertools.count(1):
+        scenes = shapes.scenes(BATCH, seed=seed, start=start)
+        start += BATCH
+        if number % TEXT_EVERY == 0:
+            yield world.pack([shapes_lm.text_conversations([scene], rng, words) for scene in scenes], LENGTH)
+            continue
+        width = rng.choice(IMAGES_IN_A_ROW)
+        about = [_about(scene, QUESTIONS[width], rng, words) for scene in scenes]
+        rows = [about[first : first + width] for first in range(0, BATCH, width)]
+        yield {**world.pack(rows, LENGTH), "pixel_values": world.pixels(shapes.render(scenes, world.SIZE))}
 
 
 def _about(scene: shapes.Scene, count: int, rng: random.Random, words: dict[str, int]) -> world.Turns:
-    asked = shapes.questions(scene, rng, rng.sample(shapes.TYPES, count))
-    return world.turns([world.IMAGE] * VISUAL_TOKENS, asked, words)
+    types = [*shapes.TYPES * (count // len(shapes.TYPES)), *rng.sample(shapes.TYPES, count % len(shapes.TYPES))]
+    rng.shuffle(types)
+    return world.turns([world.IMAGE] * VISUAL_TOKENS, shapes.questions(scene, rng, types), words)
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -154,7 +156,7 @@ RECIPE = Recipe(
     title="LLaVA of the shapes world",
     what="The image tower of shapes-clip, a projector and shapes-lm, trained to answer questions about images.",
     note="It knows the words of the shapes world alone. It has seen several images in a row, never a video.",
-    data=Data(name="shapes", parameters={"rows": BATCH * (ALIGN.steps + TUNE.steps), "size": world.SIZE}, seed=3),
+    data=Data(name="shapes", parameters={"images": BATCH * (ALIGN.steps + TUNE.steps), "size": world.SIZE}, seed=3),
     make=make,
     measure=measure,
     minutes_cpu=45,
