@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import errno
 import json
 import os
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from house import House, Python, build
 
-from midstream import display, fingerprint, records
+from midstream import display, records
 
 Ask = Callable[[str], Any]
 
@@ -57,7 +56,7 @@ def test_one_changed_line_in_a_shared_function_makes_a_record_stale(house: House
     reason = "answer = records.staleness(records.find(coin, 'quick'), coin, Params())"
     assert ask(reason) == ""
     house.edit("measure/intervals.py", "half = float(stats.t.ppf", "half = 2 * float(stats.t.ppf")
-    assert ask(reason) == "changed code: midstream.measure.intervals"
+    assert ask(reason) == "changed code: midstream.measure.intervals.t_interval"
     assert ask("answer = records.strongest(coin) is None")
 
 
@@ -81,8 +80,9 @@ QUICK_IN_ANOTHER_LAYOUT = """    # the quick one
         ("papers/registry.json", "A biased coin", "A coin"),
         ("__init__.py", '__version__ = "', '__version__ = "1'),
         ("papers/__init__.py", "cutoff=0.4", "cutoff=0.5"),
+        ("measure/intervals.py", "z = float(stats.norm.ppf", "z = 2 * float(stats.norm.ppf"),
     ],
-    ids=["an unrelated module", "the register of papers", "the version", "the look-up of papers"],
+    ids=["an unrelated module", "the register", "the version", "the look-up of papers", "a function not referred to"],
 )
 def test_the_key_does_not_cover(house: House, ask: Ask, file: str, old: str, new: str) -> None:
     before = ask(KEY)
@@ -107,76 +107,9 @@ def reason(name, revisions):
     assert ask(code + "answer = reason('penny', {'coin': '3f2a'})") == "changed revisions: coin"
 
 
-def package(folder: Path, files: dict[str, str]) -> Path:
-    """A package named `tree` with the given modules."""
-    for name, text in {"__init__.py": "", **files}.items():
-        path = folder / "tree" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return folder / "tree"
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import tree.shared",
-        "from tree import shared",
-        "from tree.shared import f",
-        "from . import shared",
-        "from .shared import f",
-        "def late():\n    from tree.shared import f",
-        "import importlib\nm = importlib.import_module('tree.shared')",
-        "from importlib import import_module\nm = import_module('.shared', __package__)",
-        "if condition:\n    import tree.shared as other",
-        "try:\n    import tree.shared\nexcept ImportError: pass",
-    ],
-)
-def test_every_form_of_import_is_followed(tmp_path: Path, line: str) -> None:
-    tree = package(tmp_path, {"start.py": line, "shared.py": "from tree.deep.far import g", "deep/far.py": "g = 1"})
-    assert {"tree.start", "tree.shared", "tree.deep.far"} <= set(fingerprint.code("tree.start", tree))
-
-
-def test_the_packages_on_the_way_to_a_module_count_and_the_root_does_not(tmp_path: Path) -> None:
-    files = {"start.py": "from tree.deep.far import g", "deep/__init__.py": "from tree.deep import beside"}
-    tree = package(tmp_path, {**files, "deep/far.py": "g = 1", "deep/beside.py": ""})
-    assert set(fingerprint.code("tree.start", tree)) == {"tree.start", "tree.deep", "tree.deep.far", "tree.deep.beside"}
-
-
-def test_relative_imports_climb_and_circles_end(tmp_path: Path) -> None:
-    files = {"a/start.py": "from ..b import other\nfrom ..c.leaf import x", "b/__init__.py": "", "c/__init__.py": ""}
-    tree = package(tmp_path, {**files, "b/other.py": "from ..a import start", "c/leaf.py": "x = 1"})
-    assert {"tree.b.other", "tree.c.leaf", "tree.a.start"} <= set(fingerprint.code("tree.a.start", tree))
-
-
-EVERY_SYNTAX = '''
-"""Docstring."""
-from dataclasses import dataclass
-
-@dataclass
-class Pair:
-    """Docstring."""
-    one: int | None = None
-    """Docstring."""
-
-async def f(a, /, b=1.5, *rest: "str", c=b"x", **more) -> dict[str, int]:
-    def g(): "Docstring."
-    text = f"{a!r:>{b}} and " "more" f"{{{c}}}" f"so {b=} {c = !r:^{a}}{a:{b}.{c}}" f""
-    match a:
-        case {"x": [1, *_], **others} if b: yield 1j
-        case None | True: pass
-    try: x = {**more, "k": ...}
-    except* ValueError: x = lambda *y: (z := y)
-'''
-
-
-def test_the_fingerprint_is_the_same_under_every_python() -> None:
-    """The constant was computed once and holds on 3.11, 3.12 and 3.13."""
-    assert fingerprint.fingerprint(ast.parse(EVERY_SYNTAX)) == "f2eff3cada07d8b1"
-
-
-def test_other_packages_do_not_count(tmp_path: Path) -> None:
-    tree = package(tmp_path, {"start.py": "import json, numpy\nfrom pathlib import Path\nfrom treehouse import x"})
-    assert set(fingerprint.code("tree.start", tree)) == {"tree.start"}
+def test_of_an_unfetched_asset_the_code_that_makes_it_is_still_compared() -> None:
+    assert records._resolved("hub:coin@main+c0de", "3f2a+c0de") == "3f2a+c0de"
+    assert records._resolved("hub:coin@main+new", "3f2a+c0de") == "3f2a+new"
 
 
 # How records are kept ------------------------------------------------------------------------------------------------
@@ -205,7 +138,7 @@ def test_a_record_holds_what_is_needed_to_judge_it(kept: Path) -> None:
     assert record.peak_memory_gib["process"] > 0.02
     assert record.versions["python"]
     assert record.revisions == {"coin": "coin@coin"}
-    assert "midstream.measure.intervals" in record.code
+    assert "midstream.measure.intervals.t_interval" in record.code
     claim = record.claims[0]
     assert claim.direction == "holds"
     assert claim.comparisons[0].interval.n == 3

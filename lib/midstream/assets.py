@@ -17,12 +17,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import platformdirs
 from filelock import FileLock
 
 from midstream.errors import AssetError
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def by_revision(function: _Function) -> _Function:
+    """Mark a function that finds, describes or identifies an asset by its name: it makes no number itself.
+
+    Keys of records do not cover it nor what it reaches; they cover the revision of the asset it gives.
+    """
+    return function
+
 
 _NO_SPACE = "No space left on device"
 
@@ -82,6 +93,7 @@ def joined_sha256(packages: Sequence[Package]) -> str:
     return hashlib.sha256("".join(package.sha256 for package in packages).encode()).hexdigest()
 
 
+@by_revision
 def fetch(package: Package) -> Path:
     """The package's file in the cache, fetched if it is not there, its SHA-256 checked either way.
 
@@ -103,6 +115,7 @@ def fetch(package: Package) -> Path:
     return build(target, download, needs=package.size)
 
 
+@by_revision
 def build(target: Path, make: Callable[[Path], None], *, needs: int = 0) -> Path:
     """Make a file or folder of the cache once: `make` writes it under another name, then it is moved to `target`.
 

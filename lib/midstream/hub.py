@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from midstream.assets import disk_faults_told
+from midstream.assets import by_revision, disk_faults_told
 from midstream.errors import AssetError
 
 
+@by_revision
 def fetch_snapshot(
     repository: str,
     revision: str | None,

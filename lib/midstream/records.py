@@ -1,7 +1,9 @@
 """Recorded experiments: one JSON each, with a key that says when it still counts.
 
-The key is the SHA-256 of the parameters, of the fingerprints of all code the paper's module reaches, and of the
-revisions of the models and data it loads. Package versions and the device are recorded, not part of the key.
+The key is the SHA-256 of the parameters, of the fingerprints of every definition the paper's module reaches (see
+`midstream.fingerprint`), and of the revisions of the models and data it loads. A revision says where an asset is from
+(a SHA-256, a commit) and, after a `+`, fingerprints the code that makes it. Package versions and the device are
+recorded, not part of the key.
 """
 
 from __future__ import annotations
@@ -248,7 +250,10 @@ def code_changes(record: Record, paper: Paper) -> str:
 
 def _resolved(here: str, recorded: str | None) -> str:
     """A Hub model or data set this machine has not fetched does not contradict the commit recorded elsewhere."""
-    return recorded if recorded and here.startswith("hub:") else here
+    if not recorded or not here.startswith("hub:"):
+        return here
+    commit, (_, plus, code) = recorded.partition("+")[0], here.partition("+")
+    return commit + plus + code
 
 
 def _differences(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

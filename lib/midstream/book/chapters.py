@@ -74,8 +74,9 @@ def stamp_of(paper: Paper) -> str:
     if not source.is_file():
         return ""
     digest = hashlib.sha256(source.read_bytes())
-    for module in sorted({paper.module_name, *imports(nbformat.read(source, as_version=4))}):
-        digest.update(repr(fingerprint.code(module)).encode())
+    used = imports(nbformat.read(source, as_version=4))
+    code = fingerprint.code(paper.module_name) | fingerprint.reached(*sorted(used))
+    digest.update(repr(sorted(code.items())).encode())
     for record in sorted(places.results(paper.part, paper.id).glob("*.json")):
         digest.update(record.read_bytes())
     return digest.hexdigest()

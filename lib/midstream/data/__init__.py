@@ -7,10 +7,11 @@ from typing import Literal
 
 import numpy as np
 
-from midstream.assets import Card
+from midstream.assets import Card, by_revision
 from midstream.data import corpora, hub, rated_sentences
 from midstream.data.dataset import Dataset, Source
 from midstream.errors import RequestError
+from midstream.fingerprint import with_code
 
 __all__ = ["NAMES", "Card", "Dataset", "cards", "load", "revision"]
 
@@ -36,12 +37,14 @@ def load(name: str, split: Literal["train", "test"] = "train") -> Dataset:
     rows = source.rows()
     table = rows[rows["split"] == split].drop(columns="split").reset_index(drop=True)
     images = np.stack(table.pop("image").to_list()) if "image" in table else None
-    return Dataset(name, table, source.labels(), source.card, source.revision(), images)
+    return Dataset(name, table, source.labels(), source.card, revision(name), images)
 
 
+@by_revision
 def revision(name: str) -> str:
-    """What identifies the data that `load` gives, without loading it."""
-    return _source(name).revision()
+    """What identifies the data that `load` gives, without loading it: its origin and the code that makes it."""
+    source = _source(name)
+    return with_code(source.revision(), source.rows, source.labels)
 
 
 def cards() -> dict[str, Card]:
@@ -49,6 +52,7 @@ def cards() -> dict[str, Card]:
     return {name: source.card for name, source in _SOURCES.items()}
 
 
+@by_revision
 def _source(name: str) -> Source:
     if name in _SOURCES:
         return _SOURCES[name]

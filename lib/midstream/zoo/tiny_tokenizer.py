@@ -7,11 +7,10 @@ the text, GPT-2 adds nothing), and its special tokens have the ids that the tiny
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
 from typing import Any
 
 from midstream.errors import RequestError
+from midstream.fingerprint import made_by
 from midstream.zoo import words
 
 _PAD_FIRST = ("<pad>", "<s>", "</s>", "<image>")
@@ -69,11 +68,11 @@ def build(family: str) -> Any:
 def recipe(family: str) -> str:
     """A hash of all that a tiny model of this family is made of: the code and the word list."""
     from midstream.zoo import tiny
+    from midstream.zoo.loaded import load_tiny
 
     if family not in tiny.FAMILIES:
         raise RequestError(f"There is no tiny model of family {family!r}; there are {', '.join(tiny.FAMILIES)}.")
-    code = "".join(map(inspect.getsource, (tiny, words, inspect.getmodule(recipe) or words)))
-    return hashlib.sha256(f"{family}\n{code}".encode()).hexdigest()[:16]
+    return made_by(functools.partial(load_tiny, family))
 
 
 def _tokenizer(special: tuple[str, ...], last: tuple[str, ...], form: str) -> Any:
