@@ -20,7 +20,7 @@ from midstream.zoo.loaded import Loaded
 BATCH = 16
 """Images a step."""
 ALIGN = Schedule(steps=150, learning_rate=2e-3, warmup=0.1)
-TUNE = Schedule(steps=2500, learning_rate=1e-3, warmup=0.04, weight_decay=0.05)
+TUNE = Schedule(steps=2000, learning_rate=1e-3, warmup=0.04, weight_decay=0.05)
 LENGTH = 440
 VISUAL_TOKENS = (world.SIZE // world.PATCH) ** 2
 IMAGES_IN_A_ROW = (1,) * 13 + (2,) * 2 + (4,) * 2
