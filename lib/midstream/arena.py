@@ -68,8 +68,12 @@ PROJECTORS = Arena(
     title="Visual projectors and token reduction",
     size=Column("tokens", "Visual tokens", "", "visual tokens that the language model reads an image as", True),
     quality=(
-        Column("accuracy", "Questions", "%", "share of questions about an image answered right, in percent", True),
-        Column("box_accuracy", "Boxes", "%", "share of objects whose box is found (IoU of at least 0.5), in percent"),
+        Column(
+            "accuracy", "Questions right", "%", "share of questions about an image answered right, in percent", True
+        ),
+        Column(
+            "box_accuracy", "Boxes found", "%", "share of objects whose box is found (IoU of at least 0.5), in percent"
+        ),
     ),
     costs=(
         Column(

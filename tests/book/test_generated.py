@@ -90,7 +90,7 @@ def test_a_paper_without_a_record_is_named(recorded, monkeypatch):
 def test_the_figure_has_alt_text_that_ranks_the_methods(recorded):
     text = arenas.page(PROJECTORS)
     assert checks.images_without_alt(text) == []
-    assert re.search(r'alt="Questions \(%\) against visual tokens. At 4 visual tokens: pool', text)
+    assert re.search(r'alt="Questions right \(%\) against visual tokens. At 4 visual tokens: pool', text)
 
 
 # ---------------------------------------------------------------- the shapes world

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,13 @@ def test_every_shipped_organism_is_at_most_4_mb_and_all_are_at_most_30() -> None
     sizes = [(organisms.WEIGHTS / name / organisms.MODEL).stat().st_size for name in SHIPPED]
     assert all(size <= organisms.MOST_BYTES for size in sizes)
     assert sum(path.stat().st_size for path in organisms.WEIGHTS.rglob("*") if path.is_file()) <= 30_000_000
+
+
+def test_every_file_of_an_organism_is_in_the_package() -> None:
+    package = Path(organisms.__file__).parents[1]
+    settings = tomllib.loads((package.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packed = {path for pattern in settings["package-data"]["midstream"] for path in package.glob(pattern)}
+    assert {path for path in organisms.WEIGHTS.rglob("*") if path.is_file()} <= packed
 
 
 @pytest.mark.parametrize("name", SHIPPED)

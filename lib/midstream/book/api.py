@@ -14,7 +14,10 @@ from pydantic import BaseModel
 
 from midstream import records
 
-MODULES = ("hooks", "zoo", "data", "measure", "claims", "paper", "records", "running")
+MODULES = (
+    *("hooks", "zoo", "data", "data.shapes", "train", "train.recipes", "measure"),
+    *("claims", "paper", "arena", "records", "running"),
+)
 """What a chapter or a reader's own code may call."""
 
 
@@ -22,13 +25,20 @@ def write(book: Path) -> None:
     """Write one page a module and an index into `book/api/`."""
     modules = {name: importlib.import_module(f"midstream.{name}") for name in MODULES}
     for name, module in modules.items():
-        records.write_text(book / "api" / f"{name}.md", page(module))
+        records.write_text(book / "api" / f"{page_name(name)}.md", page(module))
     records.write_text(book / "api" / "index.md", index(modules))
+
+
+def page_name(module: str) -> str:
+    """The name of a module's page."""
+    return module.replace(".", "-")
 
 
 def index(modules: dict[str, ModuleType]) -> str:
     """A table of the modules, with the first line of each."""
-    rows = [f"| [`midstream.{name}`]({name}.md) | {first_line(module)} |" for name, module in modules.items()]
+    rows = [
+        f"| [`midstream.{name}`]({page_name(name)}.md) | {first_line(module)} |" for name, module in modules.items()
+    ]
     text = "Made from the docstrings of the library. Chapters are composed of these parts; your own code may be, too."
     return "\n".join(["# API reference", "", text, "", "| module | what it is for |", "|---|---|", *rows, ""])
 

@@ -39,13 +39,14 @@ def overview_row(name: str, card: OrganismCard) -> list[str]:
     size = size_in_words((organisms.WEIGHTS / name / organisms.MODEL).stat().st_size)
     what = f"<code>{html.escape(name)}</code><br><small>{card.parameters / 1e6:.2g} million weights, {size}</small>"
     took = f"{card.steps:,} steps in {display.seconds_text(card.seconds)}<br><small>{html.escape(card.device)}</small>"
-    return [what, "<br>".join(figure(*item) for item in card.measured.items()), sparkline(name, card.curve), took]
+    return [what, "".join(figure(*item) for item in card.measured.items()), sparkline(name, card.curve), took]
 
 
 def figure(name: str, measured: Measured) -> str:
     """One measured figure in a line, with what it was measured on."""
     value = f"<b>{measured.value:.3g}{unit(measured.unit)}</b>"
-    return f"{prose(name)} {value} <small>{prose(measured.split)}, n = {measured.n:,}</small>"
+    asked = f"<small>{prose(measured.split)}, n = {measured.n:,}</small>"
+    return f'<span class="figure">{prose(name)} {value} {asked}</span>'
 
 
 def sparkline(name: str, curve: Sequence[Point]) -> str:

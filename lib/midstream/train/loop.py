@@ -52,7 +52,8 @@ def fit(
 
     `batches` gives at least `schedule.steps` batches (any nesting of tensors); `loss(model, batch)` is a scalar. It
     runs on the GPU where there is one, unless `cpu`; `bfloat16` is autocast around the loss, weights stay as they
-    are. `after_step(step)` is called after each update, steps counted from 1. Returns one row a step: `step`, `loss`,
+    are. With several processes gradients are averaged over them, so each should draw batches of its own.
+    `after_step(step)` is called after each update, steps counted from 1. Returns one row a step: `step`, `loss`,
     `learning_rate`, `gradient_norm`, `seconds` since the start. Raises `ValueError` when the batches run out and
     `FloatingPointError` when the loss is no longer finite.
     """
