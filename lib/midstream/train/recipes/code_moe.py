@@ -25,7 +25,7 @@ WINDOW = 128
 BATCH = 16
 RATE = 1e-3
 """u of the bias: over these steps it can move as far as scores can."""
-SCHEDULE = Schedule(steps=3000, learning_rate=4e-3, warmup=0.05, weight_decay=0.1)
+SCHEDULE = Schedule(steps=2000, learning_rate=4e-3, warmup=0.05, weight_decay=0.1)
 TEST_WINDOWS = 512
 
 
