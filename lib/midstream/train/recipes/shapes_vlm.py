@@ -19,8 +19,8 @@ from midstream.zoo.loaded import Loaded
 
 BATCH = 16
 """Images a step."""
-ALIGN = Schedule(steps=150, learning_rate=2e-3, warmup=0.1)
-TUNE = Schedule(steps=2000, learning_rate=1e-3, warmup=0.04, weight_decay=0.05)
+FEW = Schedule(steps=300, learning_rate=1.5e-3, warmup=0.1, floor=0.7, weight_decay=0.05)
+ALL = Schedule(steps=1700, learning_rate=1.2e-3, warmup=0.02, weight_decay=0.05)
 LENGTH = 440
 VISUAL_TOKENS = (world.SIZE // world.PATCH) ** 2
 IMAGES_IN_A_ROW = (1,) * 13 + (2,) * 2 + (4,) * 2
@@ -55,16 +55,13 @@ def build() -> Any:
 
 
 def make(training: Training) -> Trained:
-    """LLaVA's two stages: the projector alone, then everything."""
+    """Everything together, first on images of few things, then of as many as there are."""
     from transformers import LlavaProcessor
 
     model = build()
-    batches = _batches(training.recipe.seed)
-    model.requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(True)
-    training.fit("align", model, batches, _loss, ALIGN, batch=BATCH, precision="bfloat16")
-    model.requires_grad_(True)
-    training.fit("tune", model, batches, _loss, TUNE, batch=BATCH, precision="bfloat16")
+    for stage, schedule, spec in (("few things", FEW, shapes_lm.FEW_THINGS), ("all", ALL, shapes.ANYTHING)):
+        batches = _batches(training.recipe.seed, spec)
+        training.fit(stage, model, batches, _loss, schedule, batch=BATCH, precision="bfloat16")
     processor = LlavaProcessor(
         world.image_processor(),
         world.tokenizer("<s> $A"),
@@ -75,12 +72,12 @@ def make(training: Training) -> Trained:
     return Trained(model, processor=processor)
 
 
-def _batches(seed: int) -> Iterator[dict[str, Tensor]]:
+def _batches(seed: int, spec: shapes.Spec) -> Iterator[dict[str, Tensor]]:
     """Rows of one, two or four images, each with questions; now and then a batch of captions in their place."""
     rng, start = random.Random(seed), 0
     words = world.tokenizer("<s> $A").get_vocab()
     for number in itertools.count(1):
-        scenes = shapes.scenes(BATCH, seed=seed, start=start)
+        scenes = shapes.scenes(BATCH, seed=seed, start=start, spec=spec)
         start += BATCH
         if number % TEXT_EVERY == 0:
             yield world.pack([shapes_lm.text_conversations([scene], rng, words) for scene in scenes], LENGTH)
@@ -156,7 +153,7 @@ RECIPE = Recipe(
     title="LLaVA of the shapes world",
     what="The image tower of shapes-clip, a projector and shapes-lm, trained to answer questions about images.",
     note="It knows the words of the shapes world alone. It has seen several images in a row, never a video.",
-    data=Data(name="shapes", parameters={"images": BATCH * (ALIGN.steps + TUNE.steps), "size": world.SIZE}, seed=3),
+    data=Data(name="shapes", parameters={"images": BATCH * (FEW.steps + ALL.steps), "size": world.SIZE}, seed=3),
     make=make,
     measure=measure,
     minutes_cpu=45,
