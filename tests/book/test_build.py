@@ -227,6 +227,12 @@ def test_a_signature_gives_types_by_their_last_names():
     assert api.signature("f", f) == "f(model: Module, fn: Callable[[Tensor], float] | None = None) -> None"
 
 
+def test_a_signature_leaves_out_defaults_that_are_objects_and_quotes_around_types():
+    def f(at: int = 3, page: "str" = PAPER, name: str = "x") -> "str": ...
+
+    assert api.signature("f", f) == "f(at: int = 3, page: str = ..., name: str = 'x') -> str"
+
+
 def test_a_docstring_cannot_become_markup():
     assert api.harmless("sum_i |x|*2 in `a_b*` <b> [1](x)") == r"sum\_i \|x\|\*2 in `a_b*` \<b\> \[1\](x)"
 

@@ -99,11 +99,33 @@ def attributes(member: type) -> list[str]:
 def signature(name: str, function: Any) -> str:
     """A signature on one line, with types by their last names and defaults that are objects left out."""
     try:
-        text = str(inspect.signature(function))
+        found = inspect.signature(function)
     except (TypeError, ValueError):
-        text = "(...)"
-    text = re.sub(r"'([^']*)'(?=[,)\]]| =)", r"\1", text)
+        return f"{name}(...)"
+    shown = [
+        each.replace(
+            annotation=_bare(each.annotation), default=_Bare("...") if _is_object(each.default) else each.default
+        )
+        for each in found.parameters.values()
+    ]
+    text = str(found.replace(parameters=shown, return_annotation=_bare(found.return_annotation)))
     return name + re.sub(r"<[^<>]*>", "...", re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", text))
+
+
+class _Bare(str):
+    """Text that a signature shows without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _bare(annotation: Any) -> Any:
+    return _Bare(annotation) if isinstance(annotation, str) else annotation
+
+
+def _is_object(default: Any) -> bool:
+    plain = (str, int, float, bool, tuple, type, type(None))
+    return not isinstance(default, plain) and not inspect.isroutine(default)
 
 
 def annotation(kind: Any) -> str:
