@@ -19,11 +19,14 @@ Deviations
     - The paper trains 1B parameters on 100B and 3B on 200B tokens, with 64 routed experts, 2 shared, top-6. The default
       is the same architecture in miniature: DeepSeek-V3's class, 3 layers of width 96, 16 routed experts, 1 shared,
       top-2, on the source code of Python's standard library. "Perplexity" is per token of its 1,024-token vocabulary.
-    - u = 0.001 for a few hundred steps bounds |b| by a few tenths. That is enough here, since scores start within a few
-      hundredths of 0.5; with fewer steps u would have to grow.
+    - The paper's u = 0.001 (0.0001 too slow, 0.01 too coarse) is for runs of many thousand steps; |b| ≤ u · steps. For
+      a few hundred steps all three are tripled: 0.003 stands for the method, 0.0003 and 0.03 beside it.
+    - Learning rate: the best of 0.002, 0.004, 0.01 for the arm without balancing on held-out training files; all arms
+      share it. α and the other rules' u are the best of those tried, by test loss, which favours the rivals.
     - MaxVio is computed in each layer, then averaged over layers (how layers are joined: inferred).
     - P_i takes each score as a share of the token's scores. A sigmoid's scores do not add up to one, and without the
-      division the auxiliary loss falls fastest by lowering all scores; both forms were tried, see the chapter.
+      division the auxiliary loss falls fastest by lowering all scores: tried on held-out training files, that form
+      cost the rival 0.2 nats and more.
     - The proportional rule takes e_i as a share of the mean load, so that its u does not depend on the batch; in which
       unit the paper takes it is not known to us (inferred). The multiplicative bias starts at 1.
     - Added: `misdirected`, where each expert gets its neighbour's error, as a control; and expert choice, which the
@@ -78,7 +81,7 @@ class Params(PaperParams):
     """Knobs of the experiment; the defaults are the `quick` preset."""
 
     corpus: Literal["stdlib", "movies"] = Field("stdlib", description="what the models read: code or film reviews")
-    max_chars: int = Field(1500, ge=200, le=10_000_000, description="characters read of each document")
+    max_chars: int = Field(1000, ge=200, le=10_000_000, description="characters read of each document")
     vocabulary: int = Field(512, ge=300, le=65_536, description="tokens of the byte-level vocabulary")
     width: int = Field(64, ge=32, le=8192, multiple_of=16, description="width of the residual stream")
     layers: int = Field(2, ge=1, le=64, description="layers, each a mixture of experts")
@@ -86,28 +89,28 @@ class Params(PaperParams):
     shared: int = Field(1, ge=1, le=8, description="experts that every token goes to")
     top_k: int = Field(2, ge=1, le=16, description="routed experts that a token goes to (K)")
     expert_width: int = Field(32, ge=8, le=8192, description="hidden units of one expert")
-    steps: int = Field(60, ge=20, le=1_000_000, description="training steps of every arm")
+    steps: int = Field(40, ge=20, le=1_000_000, description="training steps of every arm")
     batch_size: int = Field(8, ge=1, le=65_536, description="windows in a batch")
     window: int = Field(64, ge=16, le=8192, description="tokens in a window")
     learning_rate: float = Field(4e-3, gt=0, le=1, description="AdamW's peak, the same for every arm")
-    rate: float = Field(1e-3, gt=0, le=1, description="the u that stands for the method")
-    other_rates: tuple[float, ...] = Field((1e-4, 1e-2), min_length=2, description="a smaller and a larger u")
+    rate: float = Field(3e-3, gt=0, le=1, description="the u that stands for the method")
+    other_rates: tuple[float, ...] = Field((3e-4, 3e-2), min_length=2, description="a smaller and a larger u")
     alphas: tuple[float, ...] = Field((1e-3, 1e-1), min_length=2, description="weights of the auxiliary loss, rising")
     rule_rates: tuple[float, ...] = Field((1e-2,), min_length=1, description="u of the other update rules")
     test_windows: int = Field(128, ge=16, le=100_000, description="windows of the test set")
 
 
 _FULL = Params(
-    n_seeds=4,
+    n_seeds=5,
     max_chars=8000,
     vocabulary=1024,
     width=96,
     layers=3,
     expert_width=48,
-    steps=400,
+    steps=320,
     batch_size=16,
     alphas=(1e-3, 1e-2, 1e-1),
-    rule_rates=(1e-3, 1e-2),
+    rule_rates=(3e-3, 1e-2),
     test_windows=512,
 )
 _PAPER = Params(
@@ -123,13 +126,16 @@ _PAPER = Params(
     batch_size=512,
     window=2048,
     learning_rate=1e-3,
+    rate=1e-3,
+    other_rates=(1e-4, 1e-2),
     alphas=(1e-3, 1e-2),
+    rule_rates=(1e-3, 1e-2),
     test_windows=1000,
 )
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(Params(), "small models, three seeds: see the method at work", minutes=1, memory_gib=4),
-    "full": Preset(_FULL, "twelve arms, four seeds: settle the claims", minutes=45, memory_gib=4),
+    "full": Preset(_FULL, "twelve arms, five seeds: settle the claims", minutes=45, memory_gib=4),
     "paper": Preset(
         _PAPER,
         "the paper's mixture (2 shared experts, 64 routed, top-6) near 1B parameters; sizes beyond these are inferred",
@@ -420,11 +426,13 @@ def not_worse(result: Result, method: str, name: str) -> Comparison:
 
 
 def check_perplexity(result: Result) -> tuple[Comparison, ...]:
-    """The bias costs no test loss against the best α, nor against no balancing at all."""
-    return (
-        not_worse(result, "aux", "best auxiliary loss (α = {:g})"),
-        not_worse(result, "none", "no balancing"),
-    )
+    """The bias costs no test loss against the best α."""
+    return (not_worse(result, "aux", "best auxiliary loss (α = {:g})"),)
+
+
+def price(result: Result, method: str, strength: float) -> Interval:
+    """Interval over seeds of the test loss that balancing costs: an arm's minus that of no balancing."""
+    return paired_interval(per_seed(result, "loss", method, strength), per_seed(result, "loss", "none", 0.0))
 
 
 def share_of_training_ahead(result: Result) -> Interval:
@@ -591,7 +599,7 @@ CLAIMS: list[Claim] = [
     ),
     Claim(
         "perplexity",
-        "It costs nothing in perplexity, against the best auxiliary loss and against no balancing.",
+        "It is no worse in perplexity than the best auxiliary loss.",
         (
             _perplexity("1B", OURS, 9.50),
             _perplexity("1B", "aux", 9.56),
