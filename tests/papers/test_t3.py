@@ -264,11 +264,14 @@ def test_an_lstm_probe_learns_what_only_order_tells_and_the_mean_does_not() -> N
     assert paper.probe_accuracy(probe, states, classes) > 0.95
 
 
-def test_states_resize_to_means_of_equal_runs() -> None:
-    states = torch.randn(2, 8, 3)
-    assert paper.resized(states, 8).equal(states)
-    assert paper.resized(states, 4).shape == (2, 4, 3)
-    torch.testing.assert_close(paper.resized(torch.ones(1, 9, 2), 4), torch.ones(1, 4, 2))
+def test_resizing_averages_squares_of_tokens_frame_by_frame() -> None:
+    states = torch.randn(2, 3 * 16, 5)
+    grids = states.reshape(2, 3, 4, 4, 5)
+    small = paper.resized(states, frames=3, grid=2).reshape(2, 3, 2, 2, 5)
+    torch.testing.assert_close(small[1, 2, 1, 0], grids[1, 2, 2:4, 0:2].mean((0, 1)))
+    torch.testing.assert_close(paper.resized(states, frames=3, grid=4), states)
+    back = paper.resized(states.reshape(2, 3, 16, 5).flip(1).flatten(1, 2), frames=3, grid=2)
+    torch.testing.assert_close(back.reshape(2, 3, 2, 2, 5), small.flip(1))
 
 
 def test_the_language_models_states_of_a_prefix_do_not_depend_on_what_follows(reader: paper.Reader) -> None:

@@ -23,8 +23,9 @@ Deviations
       to text). Arms differ in the first half only and see equally many tokens a step.
     - Each video is asked twice, forwards and backwards, with the same words: whoever ignores the order of frames is
       right exactly half of the time. The paper's test, TempCompass, has no such pairs.
-    - The LSTM probe reads fewer steps, resized like the paper's, at a higher rate and for fewer epochs. Added are three
-      controls: the mean over all frames, the last frame alone, and shuffled labels.
+    - The LSTM probe reads fewer steps (each frame averaged to a small grid of tokens, where the paper resizes the whole
+      sequence bilinearly), scaled by a layer norm, at a higher rate. Added are three controls: the mean over all
+      frames, the last frame alone, and shuffled labels.
 """
 
 from __future__ import annotations
@@ -67,19 +68,19 @@ class Params(PaperParams):
 
     model: str = Field("shapes-vlm", min_length=1, description="a LLaVA-type model: packaged, tiny:llava or Hub id")
     text_model: str = Field("smollm2", min_length=1, description="a language model asked the same questions in words")
-    n_videos: int = Field(8, ge=2, le=5000, description="test videos of each kind and seed; each is also reversed")
-    n_told: int = Field(2, ge=1, le=5000, description="videos of each kind about which the text model is asked")
+    n_videos: int = Field(4, ge=2, le=5000, description="test videos of each kind and seed; each is also reversed")
+    n_told: int = Field(1, ge=1, le=5000, description="videos of each kind about which the text model is asked")
     frames: int = Field(8, ge=4, le=64, description="frames of a video")
     pool: int = Field(2, ge=1, le=16, description="visual tokens averaged along each side of the grid")
-    probe_train: int = Field(32, ge=4, le=10_000, description="videos a probe learns from; each is also reversed")
-    probe_test: int = Field(16, ge=4, le=10_000, description="videos a probe is tested on; each is also reversed")
-    probe_steps: int = Field(16, ge=1, le=4096, description="steps to which the LSTM probe's input is resized")
+    probe_train: int = Field(16, ge=4, le=10_000, description="videos a probe learns from; each is also reversed")
+    probe_test: int = Field(8, ge=4, le=10_000, description="videos a probe is tested on; each is also reversed")
+    probe_grid: int = Field(2, ge=1, le=16, description="side of the grid to which an LSTM probe's frames are averaged")
     probe_epochs: int = Field(10, ge=1, le=1000, description="passes of a probe over its training videos")
     probe_rate: float = Field(3e-3, gt=0, le=1, description="AdamW's learning rate for probes")
-    n_stills: int = Field(128, ge=8, le=1_000_000, description="single images with questions that every arm sees")
+    n_stills: int = Field(64, ge=8, le=1_000_000, description="single images with questions that every arm sees")
     lengths: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="captions of a timeline, in pairs")
-    steps: int = Field(10, ge=1, le=1_000_000, description="updates of an arm's language model")
-    step_tokens: int = Field(2048, ge=64, le=10_000_000, description="tokens an update sees")
+    steps: int = Field(6, ge=1, le=1_000_000, description="updates of an arm's language model")
+    step_tokens: int = Field(1024, ge=64, le=10_000_000, description="tokens an update sees")
     rate: float = Field(1e-3, gt=0, le=1, description="AdamW's peak learning rate, the same for all arms")
     checkpoints: int = Field(2, ge=1, le=100, description="times the timelines arm is examined while it learns")
     precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the training's matrix products")
@@ -87,13 +88,14 @@ class Params(PaperParams):
 
 _FULL = Params(
     n_videos=40,
-    n_told=12,
-    probe_train=192,
-    probe_test=64,
-    probe_epochs=15,
-    n_stills=2500,
-    steps=300,
-    checkpoints=6,
+    n_told=6,
+    probe_train=96,
+    probe_test=48,
+    probe_epochs=20,
+    n_stills=1500,
+    steps=240,
+    step_tokens=1536,
+    checkpoints=5,
 )
 _PAPER = Params(
     model="llava-hf/llava-interleave-qwen-7b-hf",
@@ -103,7 +105,7 @@ _PAPER = Params(
     n_seeds=5,
     probe_train=500,
     probe_test=200,
-    probe_steps=128,
+    probe_grid=4,
     probe_epochs=60,
     probe_rate=5e-5,
     n_stills=50_000,
@@ -305,8 +307,9 @@ class Reader:
 
     @property
     def start(self) -> list[int]:
-        """The token that begins every text, where the tokenizer has one."""
-        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        """What the tokenizer puts before every text: a beginning token, or nothing."""
+        ids: list[int] = self.tokenizer("")["input_ids"]
+        return ids
 
     def tokens(self, text: str) -> list[int]:
         """A text's tokens without the ends; texts come back, so their tokens are kept."""
@@ -516,18 +519,27 @@ class LstmProbe(nn.Module):
         self.head = nn.Linear(hidden, 2)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Logits of two classes."""
-        logits: Tensor = self.head(self.recurrent(states)[0][:, -1])
+        """Logits of two classes; states are brought to one scale first, since models differ in theirs."""
+        scaled = functional.layer_norm(states, states.shape[-1:])
+        logits: Tensor = self.head(self.recurrent(scaled)[0][:, -1])
         return logits
 
 
-def resized(states: Tensor, steps: int) -> Tensor:
-    """States (videos, tokens, width) resized bilinearly along the tokens: (videos, steps, width)."""
-    size = (min(steps, states.shape[1]), states.shape[2])
-    return functional.interpolate(states[:, None], size=size, mode="bilinear", antialias=True)[:, 0]
+def resized(states: Tensor, frames: int, grid: int) -> Tensor:
+    """A video's states (videos, frames · tokens, width) with each frame's square of tokens averaged to `grid`×`grid`.
+
+    Returns (videos, frames · grid², width).
+    """
+    each = states.unflatten(1, (frames, -1)).flatten(0, 1)  # (videos · frames, tokens, width)
+    side = round(each.shape[1] ** 0.5)
+    squares = functional.adaptive_avg_pool2d(each.transpose(1, 2).unflatten(2, (side, side)), min(grid, side))
+    return squares.flatten(2).transpose(1, 2).unflatten(0, (-1, frames)).flatten(1, 2)
 
 
-_SPECS = {"order": Spec(shapes=("circle", "square")), "colour": Spec(colours=("red", "green"))}
+_SPECS = {
+    "order": Spec(shapes=("circle", "square"), colours=("red", "blue")),
+    "colour": Spec(colours=("red", "green")),
+}
 
 
 def probe_videos(
@@ -535,21 +547,26 @@ def probe_videos(
 ) -> tuple[list[Video], Tensor]:
     """`count` videos of two classes that are each other backwards, then the same ones backwards, and their classes.
 
-    Circle and square in either order, growing and shrinking, to the right and to the left, from red to green and back.
+    A red circle and a blue square in either order; growing and shrinking; to the right and to the left; from red to
+    green and back.
     """
     spec = replace(_SPECS.get(kind, Spec()), backgrounds=(background,))
     made: list[Video] = []
     for start in itertools.count(step=count):
         found = shapes.videos(count, frames=frames, seed=seed, split=split, kinds=(kind,), spec=spec, start=start)
-        made += [video for video in found if kind != "movement" or _moves_across(video)]
+        made += filter(_of_two_classes, found)
         if len(made) >= count:
             break
     both = made[:count] + [video.reversed() for video in made[:count]]
     return both, torch.tensor([_class(video) for video in both])
 
 
-def _moves_across(video: Video) -> bool:
-    return video.frames[0].things[0].y == video.frames[-1].things[0].y
+def _of_two_classes(video: Video) -> bool:
+    """Whether a video shows the two things, or the axis of movement, that its probe tells apart."""
+    first, last = video.frames[0].things[0], video.frames[-1].things[0]
+    if video.kind == "order":
+        return (first.shape == "circle") == (first.colour == "red")
+    return video.kind != "movement" or first.y == last.y
 
 
 def _class(video: Video) -> int:
@@ -628,11 +645,12 @@ def _probe_rows(
     (learned, tested), width = classes, vis[0].shape[-1]
     mixed = learned[torch.randperm(len(learned), generator=torch.Generator().manual_seed(seed))]
     last = vis[0].shape[1] // params.frames
+    per_frame = [[resized(states, params.frames, params.probe_grid) for states in pair] for pair in (vis, llm)]
     inputs: dict[tuple[str, str], tuple[list[Tensor], Tensor]] = {
-        ("LSTM", "vis"): ([resized(states, params.probe_steps) for states in vis], learned),
-        ("LSTM", "llm"): ([resized(states, params.probe_steps) for states in llm], learned),
+        ("LSTM", "vis"): (per_frame[0], learned),
+        ("LSTM", "llm"): (per_frame[1], learned),
         ("linear, last token", "llm"): ([states[:, -1] for states in llm], learned),
-        ("LSTM, shuffled labels", "vis"): ([resized(states, params.probe_steps) for states in vis], mixed),
+        ("LSTM, shuffled labels", "vis"): (per_frame[0], mixed),
         ("linear, mean of frames", "vis"): ([_mean_of_frames(states, params.frames) for states in vis], learned),
         ("linear, last frame", "vis"): ([states[:, -last:].mean(1) for states in vis], learned),
     }
@@ -693,7 +711,7 @@ def image_accuracy(reader: Reader, count: int, params: Params, seed: int) -> flo
 
 def run_text_model(reader: Reader, params: Params, seed: int) -> Iterator[dict[str, Any]]:
     """Rows of a real language model's accuracy on the same questions, each frame told in words, no training."""
-    asked = asked_videos(params.n_told, params.frames, seed)
+    asked = asked_videos(params.n_told, params.frames, seed, TOLD)
     rows = [reader.row(PROMPT.format(told=each.told), [_as_prompt(each.question)], asked=False) for each in asked]
     for kind, share in _by_kind(asked, right(reader, rows, asked)).items():
         yield {"arm": "text model", "medium": "text", "kind": kind, "accuracy": share}
