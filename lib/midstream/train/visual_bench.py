@@ -30,6 +30,9 @@ SIZE = 64
 
 BOX = "box"
 """The type of question that asks for a box, beside those of the shapes world."""
+CAPTION = "caption"
+PLACE_FIRST = 3
+"""The wording of captions: a place, then what is there."""
 _ASK_BOX = "<box>"
 
 
@@ -52,6 +55,8 @@ class Pool:
     features: Tensor
     """(images, 1 + N, d_v), class token first."""
     asked: list[list[Asked]]
+    captions: list[Asked]
+    """What is said of each image without being asked: a turn with an empty question."""
 
 
 def box_words(bins: int) -> list[str]:
@@ -138,6 +143,8 @@ def prepare(vision: str, language: str, *, bins: int, precision: Precision, seed
     """Load both towers, freeze the vision tower, and teach the language model the words for boxes."""
     eyes = zoo.load(vision, device="auto", dtype="float32")
     reader = zoo.load(language, device="auto", dtype="float32")
+    if reader.model.device.type == "cpu":
+        reader.model.set_attn_implementation("eager")  # for short rows faster there than the fused kernel's backward
     tower = getattr(eyes.model, "vision_model", eyes.model).requires_grad_(False)
     tokenizer = reader.tokenizer
     new = [word for word in (IMAGE, *box_words(bins)) if word not in tokenizer.get_vocab()]
@@ -193,15 +200,27 @@ def pixels(bench: Bench, scenes: Sequence[shapes.Scene]) -> Tensor:
     return bench.image_processor(list(images), return_tensors="pt")["pixel_values"]
 
 
-def pool(bench: Bench, count: int, seed: int, *, split: Literal["train", "test"] = "train", boxes: int = 2) -> Pool:
-    """Scenes of a seed and split with their features and questions."""
-    scenes = shapes.scenes(count, seed=seed, split=split)
+def pool(
+    bench: Bench,
+    count: int,
+    seed: int,
+    *,
+    spec: shapes.Spec = shapes.ANYTHING,
+    split: Literal["train", "test"] = "train",
+    boxes: int = 2,
+) -> Pool:
+    """Scenes of a seed and split with their features and questions, each with up to `boxes` questions for a box."""
+    scenes = shapes.scenes(count, seed=seed, split=split, spec=spec)
     rng = random.Random(f"questions/{seed}/{split}")
     asked = [questions_about(bench, scene, image, rng, boxes) for image, scene in enumerate(scenes)]
+    captions = [
+        Asked(image, CAPTION, bench.turn("", bench.tokens(shapes.caption(scene, rng, PLACE_FIRST))))
+        for image, scene in enumerate(scenes)
+    ]
     features = [
         tower_features(bench.tower, pixels(bench, scenes[start : start + 256])) for start in range(0, count, 256)
     ]
-    return Pool(scenes, torch.cat(features), asked)
+    return Pool(scenes, torch.cat(features), asked, captions)
 
 
 def shuffled_patches(features: Tensor, seed: int) -> Tensor:
