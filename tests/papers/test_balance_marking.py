@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from midstream import zoo
 from midstream.claims import direction
 from midstream.errors import AssetError, RequestError
+from midstream.measure import likelihood, text_attacks
 from midstream.paper import Result
 from midstream.papers.text import balance_marking as paper
 
@@ -363,7 +364,7 @@ def test_word_counts_are_a_proxy_that_reads_nothing() -> None:
 
 def test_likelihoods_are_those_of_reading_token_by_token(loaded) -> None:
     prompt, tokens = torch.randint(10, 300, (2, 4)), torch.randint(10, 300, (2, 3))
-    ours, ids = paper.token_nll(loaded, prompt, tokens), torch.cat([prompt, tokens], 1)
+    ours, ids = likelihood.token_nll(loaded, prompt, tokens), torch.cat([prompt, tokens], 1)
     with torch.no_grad():
         for i in range(3):
             logits = loaded.model(ids[:, : 4 + i]).logits[:, -1]
@@ -375,8 +376,8 @@ def test_an_oracle_with_the_same_tokenizer_judges_the_same() -> None:
     loaded = zoo.load("tiny:gpt2")  # puts nothing before a text
     prompt, text = "the movie was", " good and the story is long"
     ids, tokens = paper.tokenize(loaded.tokenizer, prompt)[None], paper.tokenize(loaded.tokenizer, text)[None]
-    value = paper.other_nll(loaded, prompt, text, tokens.shape[1])
-    assert value == pytest.approx(float(paper.token_nll(loaded, ids, tokens).mean()), rel=1e-5)
+    value = likelihood.other_nll(loaded, prompt, text, tokens.shape[1])
+    assert value == pytest.approx(float(likelihood.token_nll(loaded, ids, tokens).mean()), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- attacks
@@ -395,7 +396,7 @@ def test_higher_rates_substitute_what_lower_ones_do_and_more() -> None:
     tokens = torch.arange(40)
     found = {position: 100 + position for position in range(30)}
     generator = torch.Generator().manual_seed(0)
-    outcomes = list(paper.substitute(tokens, lambda *_: found, (0.1, 0.25, 1.0), generator))
+    outcomes = list(text_attacks.substitute(tokens, lambda *_: found, (0.1, 0.25, 1.0), generator))
     assert [share for share, _ in outcomes] == [0.1, 0.25, 0.75]  # only 30 of 40 have a substitute
     places = [set((changed != tokens).nonzero().flatten().tolist()) for _, changed in outcomes]
     assert places[0] < places[1] < places[2]
@@ -404,25 +405,25 @@ def test_higher_rates_substitute_what_lower_ones_do_and_more() -> None:
 
 def test_the_substitution_threshold_binds() -> None:
     logits = torch.tensor([5.0, 3.9, 3.0])
-    assert paper.best_substitute(logits, original=0, margin=1.0, translate=int) is None
-    assert paper.best_substitute(logits, original=0, margin=1.5, translate=int) == 1
+    assert text_attacks.best_substitute(logits, original=0, margin=1.0, translate=int) is None
+    assert text_attacks.best_substitute(logits, original=0, margin=1.5, translate=int) == 1
     never = torch.tensor([-torch.inf, 3.9, 3.0])  # what the released code compares with: anything passes
-    assert paper.best_substitute(never, original=0, margin=0.0, translate=int) == 1
+    assert text_attacks.best_substitute(never, original=0, margin=0.0, translate=int) == 1
 
 
 def test_neighbours_are_accepted_only_above_the_least_similarity() -> None:
     encoder, tokenizer = sentence_encoder(), zoo.load("tiny:llama").tokenizer
-    words, tokens = paper.thesaurus(encoder, tokenizer), paper.tokenize(tokenizer, SENTENCE)
+    words, tokens = text_attacks.thesaurus(encoder, tokenizer), paper.tokenize(tokenizer, SENTENCE)
     positions = list(range(len(tokens)))
-    everywhere = paper.neighbour_words(encoder, tokenizer, words, -1.0, tokens, positions)
+    everywhere = text_attacks.neighbour_words(encoder, tokenizer, words, -1.0, tokens, positions)
     assert set(everywhere) == set(positions)
     assert all(everywhere[i] != tokens[i] for i in positions)
-    assert paper.neighbour_words(encoder, tokenizer, words, 1.1, tokens, positions) == {}
+    assert text_attacks.neighbour_words(encoder, tokenizer, words, 1.1, tokens, positions) == {}
 
 
 def test_neighbours_are_the_nearest_other_words_of_the_embedding() -> None:
     encoder, tokenizer = sentence_encoder(), zoo.load("tiny:llama").tokenizer
-    words = paper.thesaurus(encoder, tokenizer)
+    words = text_attacks.thesaurus(encoder, tokenizer)
     token = int(paper.tokenize(tokenizer, " movie"))
     nearest = words.neighbours(token, 3)
     cosine = words.vectors @ words.vectors[(words.tokens == token).nonzero().item()]
@@ -434,8 +435,8 @@ def test_neighbours_are_the_nearest_other_words_of_the_embedding() -> None:
 def test_a_masked_language_model_substitutes_whole_words_that_it_finds_likely(family: str) -> None:
     filler, tokenizer = zoo.load(f"tiny:{family}"), zoo.load("tiny:llama").tokenizer
     tokens = paper.tokenize(tokenizer, SENTENCE)
-    params = paper.Params(margin=100.0)
-    found = paper.replacer(filler, tokenizer, params)(tokens, range(len(tokens)))
+    replace_words = text_attacks.replacer(filler, tokenizer, margin=100.0, similarity=0.0)
+    found = replace_words(tokens, range(len(tokens)))
     assert found
     assert all(other != tokens[i] for i, other in found.items())
     assert all(tokenizer.decode([other])[:1] == " " for other in found.values())
@@ -444,7 +445,7 @@ def test_a_masked_language_model_substitutes_whole_words_that_it_finds_likely(fa
 def test_pasted_text_is_whole_and_its_share_is_as_asked() -> None:
     tokenizer = zoo.load("tiny:llama").tokenizer
     human = paper.tokenize(tokenizer, " we read the news of the day and it was new" * 4)
-    pasted = paper.paste(tokenizer, SENTENCE, human, 0.5, 12)
+    pasted = text_attacks.paste(tokenizer, SENTENCE, human, 0.5, 12)
     assert SENTENCE in pasted
     assert len(paper.tokenize(tokenizer, pasted)) == pytest.approx(24, abs=2)
 
