@@ -197,19 +197,19 @@ class Params(PaperParams):
 _FULL = Params(
     arms=tuple(ARMS),
     fewer_arms=("deco", "qformer"),
-    steps=400,
-    train_images=400 * 8,
+    steps=320,
+    train_images=320 * 8,
     learning_rates=(1e-3, 2e-3, 4e-3),
-    tune_steps=100,
+    tune_steps=90,
     val_images=96,
-    test_images=200,
+    test_images=160,
     relevance_images=60,
     timing_repeats=20,
 )
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(Params(), "three projectors, a few steps: see the method at work", minutes=1, memory_gib=4),
-    "full": Preset(_FULL, "five projectors, three seeds: settle the claims", minutes=20, memory_gib=6),
+    "full": Preset(_FULL, "five projectors, three seeds: settle the claims", minutes=45, memory_gib=6),
     "paper": Preset(
         _FULL.model_copy(
             update={
