@@ -525,6 +525,12 @@ def test_a_success_that_a_method_never_reaches_leaves_quality_open() -> None:
     assert direction(paper.check_quality(low)) == "unclear"
 
 
+def test_a_success_that_no_substitution_changes_is_no_fall() -> None:
+    result = ideal()
+    flat = result.with_table("attacks", result.tables["attacks"].assign(success=0.7))
+    assert direction(paper.check_substitution(flat)) == "unclear"
+
+
 def test_the_experiment_fills_every_table_and_every_check_reads_it() -> None:
     params = paper.Params(
         model="tiny:llama", proxy="tiny:llama", oracles=("tiny:gpt2",), attacker="tiny:bert",

@@ -173,7 +173,7 @@ _PAPER = Params(
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(Params(), "4 bits in 20 tokens, three seeds: see the method at work", minutes=1, memory_gib=4),
-    "full": Preset(_FULL, "8 bits in 80 tokens, five seeds: settle the claims", minutes=45, memory_gib=8),
+    "full": Preset(_FULL, "8 bits in 80 tokens, five seeds: settle the claims", minutes=45, memory_gib=12),
     "paper": Preset(
         _PAPER,
         "20 bits in 200 tokens of OPT-1.3B with GPT-2 as proxy",
@@ -953,7 +953,8 @@ def substitution_slopes(result: Result, method: str) -> Interval:
     """Interval over seeds of the change of exact messages per unit of substituted share, unattacked texts included."""
     table = result.tables["attacks"]
     chosen = table[(table["method"] == method) & table["attack"].isin(("none", "substitution"))]
-    return t_interval([np.polyfit(rows["changed"], rows["success"], 1)[0] for _, rows in chosen.groupby("seed")])
+    slopes = [np.polyfit(rows["changed"], rows["success"], 1)[0] for _, rows in chosen.groupby("seed")]
+    return t_interval(np.round(slopes, 9))  # a flat line has slope 0, not what rounding left of it
 
 
 def check_substitution(result: Result) -> tuple[Comparison, ...]:
