@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: AdamW, linear warm-up, then a cosine down to a share of the peak."""
+    """How long and how fast: AdamW or Muon, linear warm-up, then a cosine down to a share of the peak."""
 
     steps: int
     learning_rate: float = 1e-3
+    muon: float = 0.0
+    """The rate at which Muon trains the weights of linear layers, in AdamW's measure; zero leaves them to AdamW.
+
+    Muon: Jordan et al., 2024; the measure (steps of the same root mean square): Liu et al., 2025, arXiv:2502.16982."""
     warmup: float = 0.05
     """Share of the steps over which the rate rises from zero."""
     floor: float = 0.0
@@ -61,26 +65,26 @@ def fit(
     from accelerate.utils import send_to_device
 
     accelerator = Accelerator(cpu=cpu)
-    optimizer = torch.optim.AdamW(_groups(model, schedule), lr=schedule.learning_rate, betas=schedule.betas)
-    wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
+    wrapped, *optimizers = accelerator.prepare(model.train(), *_optimizers(model, schedule))
     rows: list[dict[str, float]] = []
     started = time.perf_counter()
     for step, batch in enumerate(_exactly(batches, schedule.steps), start=1):
-        rate = schedule.learning_rate * schedule.share(step - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        share = schedule.share(step - 1)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * share
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             value = loss(wrapped, send_to_device(batch, accelerator.device))
         number = _finite(value, step)
-        optimizer.zero_grad()  # also of what the model carried before the first step
+        model.zero_grad()  # also of what the model carried before the first step
         accelerator.backward(value)
         norm = accelerator.clip_grad_norm_(model.parameters(), schedule.clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if after_step:
             after_step(step)
-        row = {"step": step, "loss": number, "learning_rate": rate, "gradient_norm": float(norm or 0.0)}
-        rows.append(row | {"seconds": time.perf_counter() - started})
-    optimizer.zero_grad()
+        row = {"step": step, "loss": number, "learning_rate": schedule.learning_rate * share}
+        rows.append(row | {"gradient_norm": float(norm or 0.0), "seconds": time.perf_counter() - started})
+    model.zero_grad()
     model.eval()
     return pd.DataFrame(rows)
 
@@ -103,12 +107,30 @@ def _exactly(batches: Iterable[Any], steps: int) -> Iterator[Any]:
             raise ValueError(f"{steps} steps were asked for, but the data gave {given} batches.") from None
 
 
-def _groups(model: nn.Module, schedule: Schedule) -> list[dict[str, Any]]:
-    """Matrices with weight decay, vectors without."""
+def _optimizers(model: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """AdamW: matrices with weight decay, vectors without. Muon, if asked for, takes the weights of linear layers."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("No parameter of the model requires a gradient: there is nothing to train.")
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trained if parameter.ndim < 2]
-    groups = [(matrices, schedule.weight_decay), (vectors, 0.0)]
-    return [{"params": members, "weight_decay": decay} for members, decay in groups if members]
+    linear = _of_linear_layers(model) if schedule.muon else set()
+    matrices = [each for each in trained if each.ndim >= 2 and each not in linear]
+    vectors = [each for each in trained if each.ndim < 2]
+    groups = [
+        {"params": members, "weight_decay": decay, "peak": schedule.learning_rate}
+        for members, decay in ((matrices, schedule.weight_decay), (vectors, 0.0))
+        if members
+    ]
+    made: list[torch.optim.Optimizer] = []
+    if groups:
+        made.append(torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=schedule.betas))
+    if moved := [each for each in trained if each in linear]:
+        group = {"params": moved, "peak": schedule.muon}
+        decay = schedule.weight_decay
+        made.append(torch.optim.Muon([group], lr=schedule.muon, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return made
+
+
+def _of_linear_layers(model: nn.Module) -> set[nn.Parameter]:
+    """Weights of linear layers that are not also an embedding's: those are tables, not maps."""
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {module.weight for module in model.modules() if isinstance(module, nn.Linear)} - tables

@@ -44,6 +44,8 @@ class Stage(_Facts):
     """Examples a step."""
     learning_rate: float
     """The peak of the schedule."""
+    muon: float = 0.0
+    """The peak of Muon's rate, for linear layers; zero where AdamW trained everything."""
 
 
 class Point(_Facts):

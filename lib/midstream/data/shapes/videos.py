@@ -30,7 +30,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Video:
-    """Frames in order, each with one thing; what happens is read from them, so that it stays true of a video with other frames."""
+    """Frames in order, each with one thing; what happens is read from them, so it is true of any frames."""
 
     kind: str
     frames: tuple[Scene, ...]

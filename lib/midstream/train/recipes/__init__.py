@@ -122,7 +122,8 @@ class Training:
 
         self.report(stage, 0, schedule.steps)
         curve = fit(model, batches, loss, schedule, precision=precision, after_step=tell)
-        self.stages.append(Stage(name=stage, steps=schedule.steps, batch=batch, learning_rate=schedule.learning_rate))
+        rates = {"learning_rate": schedule.learning_rate, "muon": schedule.muon}
+        self.stages.append(Stage(name=stage, steps=schedule.steps, batch=batch, **rates))
         self.curves.append(curve.assign(stage=stage))
         return curve
 

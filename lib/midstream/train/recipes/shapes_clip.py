@@ -1,7 +1,8 @@
-"""Recipe of `shapes-clip`: image and text towers trained together, from scratch, to find each other's partner.
+"""Recipe of `shapes-clip`: image and text towers trained together to find each other's partner.
 
-Half of a batch are twins of the other half, in which one attribute of one thing is another. Without them the towers
-find their partners by colours and places alone, and a thing's patches do not tell its shape.
+Scenes can be told apart by colours and places alone, and then a thing's patches do not tell its shape. Two remedies:
+the image tower first learns to name the attributes of the thing at a patch; then half of a batch are twins of the
+other half, in which one attribute of one thing is another.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from midstream.data import shapes
 from midstream.train.loop import Schedule
@@ -21,7 +23,12 @@ from midstream.train.recipes import _shapes as world
 from midstream.zoo.loaded import Loaded
 
 BATCH = 128
-SCHEDULE = Schedule(steps=1200, learning_rate=1e-3, warmup=0.06, weight_decay=0.05)
+NAMED = 64
+"""Scenes a step of the first stage."""
+NAME = Schedule(steps=900, learning_rate=2e-3, muon=5e-3, warmup=0.05, floor=0.1, weight_decay=0.05)
+CONTRAST = Schedule(steps=1000, learning_rate=1e-3, muon=2e-3, warmup=0.06, weight_decay=0.05)
+NAMED_LAYER = -2
+"""The hidden state that names things: the one that LLaVA reads."""
 LONGEST_CAPTION = 64
 CHANGED = ("shape", "shape", "texture", "texture", "size", "colour")
 """What twins differ in; what is hard to see is drawn more often."""
@@ -49,15 +56,74 @@ def build() -> Any:
 
 
 def make(training: Training) -> Trained:
-    """Contrast 64 scenes and their 64 twins with their captions a step."""
+    """Name what is at a patch; then contrast 64 scenes and their 64 twins with their captions a step."""
     from transformers import CLIPProcessor
 
-    model, tokenizer = build(), world.tokenizer("<s> $A </s>")
+    model, tokenizer, seed = build(), world.tokenizer("<s> $A </s>"), training.recipe.seed
     model.set_attn_implementation("eager")  # at these sizes twice as fast on a CPU as the fused kernel's backward
-    training.fit(
-        "contrast", model, _batches(training.recipe.seed, tokenizer), _loss, SCHEDULE, batch=BATCH, precision="bfloat16"
-    )
+    namer = Namer(model.vision_model)
+    training.fit("name things", namer, _named(seed), _names, NAME, batch=NAMED, precision="bfloat16")
+    training.fit("contrast", model, _batches(seed, tokenizer), _loss, CONTRAST, batch=BATCH, precision="bfloat16")
     return Trained(model, processor=CLIPProcessor(world.image_processor(), tokenizer))
+
+
+# ------------------------------------------------------------------------------------------------------ naming
+
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "shape": shapes.SHAPES,
+    "texture": shapes.TEXTURES,
+    "size": tuple(shapes.SIZES),
+    "colour": tuple(shapes.COLOURS),
+}
+
+
+class Namer(nn.Module):
+    """The image tower and one linear map an attribute, read where a thing's centre is."""
+
+    def __init__(self, tower: Any) -> None:
+        super().__init__()
+        self.tower = tower
+        self.heads = nn.ModuleList([nn.Linear(world.WIDTH, len(values)) for values in ATTRIBUTES.values()])
+
+    def forward(self, pixel_values: Tensor, image: Tensor, patch: Tensor) -> list[Tensor]:
+        """Logits of each attribute, (things, values), for the things at `image` and `patch`, both (things,)."""
+        states = self.tower(pixel_values, output_hidden_states=True).hidden_states[NAMED_LAYER]
+        things = states[image, patch + 1]  # after the class token
+        return [head(things) for head in self.heads]
+
+
+def _named(seed: int) -> Iterator[dict[str, Tensor]]:
+    """Scenes in which nothing is covered, with the patch and the attributes of each thing."""
+    start, spec = 0, shapes.Spec(overlap=0.0)
+    while True:
+        scenes = shapes.scenes(NAMED, seed=seed, start=start, spec=spec)
+        start += len(scenes)
+        things = [(number, thing) for number, scene in enumerate(scenes) for thing in scene.things]
+        yield {
+            "pixel_values": world.pixels(shapes.render(scenes, world.SIZE)),
+            "image": torch.tensor([number for number, _ in things]),
+            "patch": torch.tensor([patch_of(thing) for _, thing in things]),
+            "names": torch.tensor(
+                [[values.index(getattr(thing, field)) for field, values in ATTRIBUTES.items()] for _, thing in things]
+            ),
+        }
+
+
+def patch_of(thing: shapes.Thing) -> int:
+    """The patch in which the thing's centre lies, row by row from the top left."""
+    side = world.SIZE // world.PATCH
+    column, row = (min(side - 1, int(place * side)) for place in (thing.x, thing.y))
+    return row * side + column
+
+
+def _names(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(batch["pixel_values"], batch["image"], batch["patch"])
+    losses = [functional.cross_entropy(each.float(), batch["names"][:, number]) for number, each in enumerate(logits)]
+    return torch.stack(losses).sum()
+
+
+# -------------------------------------------------------------------------------------------------- contrasting
 
 
 def _batches(seed: int, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
@@ -79,8 +145,7 @@ def twin(scene: shapes.Scene, rng: random.Random) -> shapes.Scene:
     """The scene with another value for one attribute of one thing."""
     chosen, field = rng.randrange(len(scene.things)), rng.choice(CHANGED)
     thing = scene.things[chosen]
-    values = {"shape": shapes.SHAPES, "texture": shapes.TEXTURES, "size": shapes.SIZES, "colour": shapes.COLOURS}[field]
-    changed: Any = {field: rng.choice([value for value in values if value != getattr(thing, field)])}
+    changed: Any = {field: rng.choice([value for value in ATTRIBUTES[field] if value != getattr(thing, field)])}
     things = (*scene.things[:chosen], replace(thing, **changed), *scene.things[chosen + 1 :])
     return replace(scene, things=things)
 
@@ -135,7 +200,12 @@ RECIPE = Recipe(
     note="It knows the words of the shapes world alone, and images of 64 pixels.",
     data=Data(
         name="shapes",
-        parameters={"scenes": BATCH // 2 * SCHEDULE.steps, "twins": BATCH // 2 * SCHEDULE.steps, "size": world.SIZE},
+        parameters={
+            "scenes named": NAMED * NAME.steps,
+            "scenes": BATCH // 2 * CONTRAST.steps,
+            "twins": BATCH // 2 * CONTRAST.steps,
+            "size": world.SIZE,
+        },
         seed=0,
     ),
     make=make,

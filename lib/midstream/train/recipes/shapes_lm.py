@@ -17,8 +17,8 @@ from midstream.train.recipes import _shapes as world
 from midstream.zoo.loaded import Loaded
 
 BATCH = 32
-FEW = Schedule(steps=250, learning_rate=2e-3, warmup=0.1, floor=0.7, weight_decay=0.05)
-ALL = Schedule(steps=700, learning_rate=1.5e-3, warmup=0.02, weight_decay=0.05)
+FEW = Schedule(steps=500, learning_rate=2e-3, muon=5e-3, warmup=0.05, floor=0.7, weight_decay=0.05)
+ALL = Schedule(steps=1400, learning_rate=2e-3, muon=4e-3, warmup=0.02, weight_decay=0.05)
 FEW_THINGS = shapes.Spec(things=(1, 2))
 """Scenes of the first stage: with few things to confuse, looking up an attribute is learned several times faster."""
 LENGTH = 320

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,18 +18,20 @@ from midstream.train.recipes import Data, Measured, Recipe, Trained, Training, s
 from midstream.train.recipes import _shapes as world
 from midstream.zoo.loaded import Loaded
 
-BATCH = 16
+BATCH = 24
 """Images a step."""
 FEW = Schedule(steps=300, learning_rate=1.5e-3, warmup=0.1, floor=0.7, weight_decay=0.05)
 ALL = Schedule(steps=1700, learning_rate=1.2e-3, warmup=0.02, weight_decay=0.05)
-LENGTH = 440
+LENGTH = 640
 VISUAL_TOKENS = (world.SIZE // world.PATCH) ** 2
 IMAGES_IN_A_ROW = (1,) * 13 + (2,) * 2 + (4,) * 2
 """Drawn from, a batch at a time: most rows show one image, some two or four, each followed by its own questions."""
 TEXT_EVERY = 6
 """Every so many batches, one holds captions in the place of images."""
-QUESTIONS = {1: 14, 2: 7, 4: 3}
-"""About each image, by the images in its row."""
+QUESTIONS = {1: 7, 2: 4, 4: 3}
+"""About each image, by the images in its row; a caption follows them, to be said without being asked."""
+PLACE_FIRST = 3
+"""The wording of those captions: a place, then what is there."""
 
 
 def build() -> Any:
@@ -89,9 +92,11 @@ def _batches(seed: int, spec: shapes.Spec) -> Iterator[dict[str, Tensor]]:
 
 
 def _about(scene: shapes.Scene, count: int, rng: random.Random, words: dict[str, int]) -> world.Turns:
-    types = [*shapes.TYPES * (count // len(shapes.TYPES)), *rng.sample(shapes.TYPES, count % len(shapes.TYPES))]
-    rng.shuffle(types)
-    return world.turns([world.IMAGE] * VISUAL_TOKENS, shapes.questions(scene, rng, types), words)
+    """An image, questions of different types, and at the end (where it gives no answer away) its caption."""
+    asked = shapes.questions(scene, rng, rng.sample(shapes.TYPES, count))
+    made = world.turns([world.IMAGE] * VISUAL_TOKENS, asked, words)
+    caption = (*world.encode(shapes.caption(scene, rng, PLACE_FIRST), words), world.END)
+    return replace(made, pairs=(*made.pairs, ((), caption)))
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
