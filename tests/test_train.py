@@ -85,6 +85,53 @@ def test_one_step_is_that_of_adamw() -> None:
     torch.testing.assert_close(ours.bias.cpu(), theirs.bias)
 
 
+class Tied(nn.Module):
+    """An embedding, a linear layer, and an output layer that shares the embedding's table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.inner, self.outer = nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5, bias=False)
+        self.outer.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.outer(self.inner(self.table(tokens)))
+
+
+def test_muon_moves_the_weights_of_linear_layers_and_adamw_the_tables_and_vectors() -> None:
+    ours, theirs = Tied(), Tied()
+    tokens = torch.arange(5)
+    options = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    muon = torch.optim.Muon([theirs.inner.weight], **options)
+    groups = [
+        {"params": theirs.table.weight, "weight_decay": 0.1},
+        {"params": theirs.inner.bias, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.98))
+    theirs(tokens).square().mean().backward()
+    muon.step()
+    adamw.step()
+    schedule = Schedule(steps=1, learning_rate=0.01, muon=0.02, weight_decay=0.1, clip=math.inf)
+    fit(ours, [tokens], lambda model, inputs: model(inputs).square().mean(), schedule, cpu=True)
+    for name, expected in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), expected)
+
+
+def test_both_rates_follow_the_schedule() -> None:
+    rates: list[list[float]] = []
+    step = torch.optim.Muon.step
+
+    def spy(self: torch.optim.Muon, *arguments: object, **options: object) -> object:
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *arguments, **options)  # type: ignore[arg-type]
+
+    schedule = Schedule(steps=5, learning_rate=1.0, muon=0.5, warmup=0.4, clip=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Muon, "step", spy)
+        fit(line(), batches(), squared, schedule)
+    assert rates == [[pytest.approx(0.5 * schedule.share(number))] for number in range(5)]
+
+
 def test_weight_decay_shrinks_matrices_and_never_vectors() -> None:
     model = line()
     weight, bias = model.weight.detach().clone(), model.bias.detach().clone()

@@ -99,7 +99,7 @@ def facts(name: str, card: OrganismCard) -> list[tuple[str, str]]:
 def stage(found: Stage) -> str:
     """One stage of the schedule in words."""
     words = f"{found.name}: {found.steps:,} steps of {found.batch}, learning rate up to {found.learning_rate:g}"
-    return html.escape(words)
+    return html.escape(words + (f" (Muon, linear layers: {found.muon:g})" if found.muon else ""))
 
 
 def architecture(sizes: Mapping[str, Any]) -> str:
