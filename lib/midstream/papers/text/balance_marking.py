@@ -132,7 +132,7 @@ _FULL = Params(
     deltas=(0.5, 1.0, 1.5, 2.0),
     vanilla_deltas=(0.5, 1.0, 1.5, 2.0),
     attack_deltas=(2.0, 2.0),
-    n_texts=10,
+    n_texts=8,
     prompt_tokens=12,
     context=5,
     skip=10,
@@ -877,25 +877,24 @@ def check_quality(result: Result) -> tuple[Comparison, ...]:
     return tuple(made)
 
 
-def _success(result: Result, method: str, reader: str, ratio: int) -> pd.Series:
-    """Exact messages of a method at the δ that is attacked, by seed; of `none`, at δ = 0."""
-    table, attacks = result.tables["decoding"], result.tables["attacks"]
-    delta = 0.0 if method == "none" else float(attacks[attacks["method"] == method]["delta"].iloc[0])
-    chosen = (table["method"] == method) & (table["reader"] == reader) & (table["delta"] == delta)
-    return table[chosen & (table["ratio"] == ratio)].groupby("seed")["success"].mean()
+def _success(result: Result, method: str, ratio: int) -> pd.Series:
+    """Messages that Balance-Marking's reader finds exactly in texts of a method, by seed, mean over all its δ.
+
+    All δ, for a strong mark alone is read from half a text as well as from all of it.
+    """
+    table = result.tables["decoding"]
+    chosen = (table["method"] == method) & (table["reader"] == "balance") & (table["ratio"] == ratio)
+    return table[chosen].groupby("seed")["success"].mean()
 
 
 def check_reading(result: Result) -> tuple[Comparison, ...]:
     """A message is read back exactly: more often than from unmarked text, and from the whole text than from half."""
     whole, half = int(result.scalars["ratio"]), settings(result)[-1][1]
-    marked = _success(result, "balance", "balance", whole)
+    marked = _success(result, "balance", whole)
     return (
+        Comparison("exact messages, marked − unmarked", paired_interval(marked, _success(result, "none", whole))),
         Comparison(
-            "exact messages, marked − unmarked", paired_interval(marked, _success(result, "none", "balance", whole))
-        ),
-        Comparison(
-            "exact messages, all tokens − half of them",
-            paired_interval(marked, _success(result, "balance", "balance", half)),
+            "exact messages, all tokens − half of them", paired_interval(marked, _success(result, "balance", half))
         ),
     )
 
