@@ -552,6 +552,13 @@ def test_a_readout_of_the_text_equals_a_run_that_stops_there(model, inputs, last
     assert torch.equal(stopped, plain) == (last == TEXT_BLOCKS - 1)
 
 
+def test_a_readout_of_the_patches_without_an_image_is_refused(model, inputs):
+    with read(model, stack="vision") as patches:
+        model(**inputs)
+    with pytest.raises(HookError, match="ran no block of the stack vision"):
+        readout(model, patches[0], stack="vision")
+
+
 def test_an_edited_cache_of_patches_equals_attention_edited_in_every_later_call(model, balanced):
     """Values of image tokens set to zero once filled: later tokens get nothing from them, the first is as it was."""
     image = is_image(balanced)

@@ -24,14 +24,18 @@ def readout(model: nn.Module, h: Tensor, *, stack: str | None = None, **inputs: 
 
     `inputs` are the forward's own. Models that take `inputs_embeds` need none (language models, BERT, T5's decoder);
     those that read more than the stream at the end do: CLIP's text tower (where the text ends), vision towers, DiT.
-    Raises `HookError` when they are missing.
+    Raises `HookError` when they are missing, or when they do not make the model run the stack.
     """
     places = sites(model)
     whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
     states = h if inputs or h.ndim == 3 else h.reshape(-1, 1, h.shape[-1])
     arguments = _arguments(whole, states, inputs)
-    with suspended(), _standing_aside(places, stack, states):
+    called: list[nn.Module] = []
+    with suspended(), _standing_aside(places, stack, states, called):
         output = whole(**arguments)
+    if not called:
+        named = f"the stack {stack}" if stack else "its stack"
+        raise HookError(f"{type(whole).__name__} ran no block of {named} on these inputs.")
     if not isinstance(output, Tensor):
         output = output["logits"] if isinstance(output, dict) and "logits" in output else output[0]
     return output if states is h else output.reshape(*h.shape[:-1], output.shape[-1])
@@ -55,12 +59,12 @@ def _arguments(whole: nn.Module, h: Tensor, inputs: dict[str, Any]) -> dict[str,
 
 
 @contextmanager
-def _standing_aside(places: Sites, stack: str | None, h: Tensor) -> Iterator[None]:
-    """Let every block of the stack return `h`, and no hook on a block act."""
+def _standing_aside(places: Sites, stack: str | None, h: Tensor, called: list[nn.Module]) -> Iterator[None]:
+    """Let every block of the stack return `h`, and no hook on a block act; blocks that ran are added to `called`."""
     with ExitStack() as undo:
         for block in places.blocks(stack):
             undo.callback(_set, block, {name: block.__dict__.get(name) for name in _REPLACED})
-            _set(block, {name: OrderedDict() for name in _REPLACED[1:]} | {"forward": _returning(block, h)})
+            _set(block, {name: OrderedDict() for name in _REPLACED[1:]} | {"forward": _returning(block, h, called)})
         yield
 
 
@@ -75,11 +79,12 @@ def _set(module: nn.Module, attributes: dict[str, Any]) -> None:
             module.__dict__[name] = value
 
 
-def _returning(block: nn.Module, h: Tensor) -> Any:
+def _returning(block: nn.Module, h: Tensor, called: list[nn.Module]) -> Any:
     """A `forward` that returns `h` in the form in which the block returns its stream."""
     own = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        called.append(block)
         if type(block) not in BESIDE:
             output = own(*args, **kwargs)
             BESIDE[type(block)] = len(output) - 1 if isinstance(output, tuple) else 0
