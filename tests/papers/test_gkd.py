@@ -300,11 +300,45 @@ def test_the_experiment_fills_every_table_and_every_check_reads_it() -> None:
         pytest.skip(str(error))
     for claim in paper.CLAIMS:
         assert claim.check(result)
-    assert set(result.tables) == {"students", "loyalty", "teachers", "examples"}
-    assert len(result.tables["students"]) == 2 * len(paper.methods(params))
+    assert set(result.tables) == {"students", "loyalty", "teachers", "examples", "tuning"}
+    assert len(result.tables["students"]) == 2 * 8
     assert Result.from_dict(result.to_dict()).to_dict() == result.to_dict()
 
 
-def test_every_method_is_tuned_with_as_many_settings() -> None:
-    assert {len(settings) for settings in paper.GRID.values()} == {4}
-    assert set(paper.GRID) == {*paper.BASELINES, *paper.GRADIENT_METHODS}
+GRIDS = {"rates": (1e-3, 2e-3), "patiences": (1.0, 10.0), "gradients": (0.1, 1.0)}
+
+
+def test_every_method_is_tuned_with_as_many_settings_and_a_weight_changes_nothing_else() -> None:
+    for preset in ("quick", "full"):
+        params = paper.PRESETS[preset].params
+        assert len(params.rates) == len(params.patiences) == len(params.gradients)
+    params = SIZES.model_copy(update=GRIDS)
+    best: dict[str, paper.Method] = {}
+    for name in (*paper.BASELINES, *paper.GRADIENT_METHODS):
+        tried = paper.settings(name, params, best)
+        assert len(set(tried)) == 2
+        best[name] = tried[1]
+    assert best["GKD"] == replace(best["KD"], name="GKD", gradient=1.0)
+    assert best["GKD-CLS"] == replace(best["PKD"], name="GKD-CLS", gradient=1.0, cls_gradient=1.0)
+
+
+def test_the_setting_most_often_right_on_validation_sentences_is_chosen(school: paper.School) -> None:
+    searched = replace(school, params=SIZES.model_copy(update={**GRIDS, "epochs": 1}))
+    found = paper.search(searched, texts(16, seed=4))
+    tries = pd.DataFrame(found.tries)
+    for name, tried in tries.groupby("method"):
+        first_best = tried.loc[tried["accuracy"].idxmax()]
+        chosen = found.best[str(name)]
+        assert (chosen.rate, chosen.patience, chosen.gradient) == tuple(first_best[["rate", "patience", "gradient"]])
+        student, _ = found.students[chosen]
+        assert paper.share_right(student, texts(16, seed=4), 8) == first_best["accuracy"]
+
+
+def test_arms_differ_from_gkd_in_one_thing_each() -> None:
+    gkd = paper.Method("GKD", 1e-3, alpha=0.5, gradient=0.1)
+    added = paper.arms({"GKD": gkd}, SIZES)[1:]
+    assert [replace(arm, name="GKD") for arm in added] == [
+        replace(gkd, shuffled=True),
+        replace(gkd, student_dropout=0.1),
+        replace(gkd, teacher_dropout=0.1),
+    ]
