@@ -13,7 +13,7 @@ from midstream import arena, zoo
 from midstream.claims import direction
 from midstream.data import shapes
 from midstream.hooks import attend
-from midstream.measure.relevance import Gates, accumulate, gated_places, head_mean, trace
+from midstream.measure.relevance import Chain, Gates, accumulate, gated_places, head_mean, trace
 from midstream.paper import Result
 from midstream.papers.tokens import deco as paper
 from midstream.train import visual_bench
@@ -267,6 +267,28 @@ def test_even_pooling_gives_an_object_its_share_of_the_fullest_window() -> None:
     assert paper.overlap_of_queries(torch.ones(1, 5, 64)).item() == pytest.approx(1)
 
 
+def test_kept_maps_are_shares_and_of_the_query_that_matters_most() -> None:
+    chain = Chain(
+        text_to_query=torch.tensor([[1.0, 3.0]]),
+        query_to_patch=torch.tensor([[[1.0, 0.0, 1.0], [0.0, 2.0, 2.0]]]),
+        patch_to_patch=torch.eye(3)[None],
+        gradient_times_input=torch.zeros(1, 3),
+    )
+    rows = pd.DataFrame(paper.map_rows(chain))
+    shares = {part: found["share"].tolist() for part, found in rows.groupby("part")}
+    assert shares["text to query"] == pytest.approx([0.25, 0.75])
+    assert shares["query to patch"] == pytest.approx([0, 0.5, 0.5])
+    assert shares["text to patch"] == pytest.approx([1 / 14, 6 / 14, 7 / 14])
+
+
+def test_the_example_is_the_first_question_about_several_things() -> None:
+    one, two = (next(s for s in shapes.scenes(50, seed=3) if len(s.things) == n) for n in (1, 2))
+    images = visual_bench.Pool([one, two], torch.zeros(2, 65, 4), [], [])
+    asked = [visual_bench.Asked(image, "colour", Turn((1,), (2,)), 0) for image in (0, 1, 1)]
+    assert paper.example(images, asked) is asked[1]
+    assert paper.example(images, asked[:1]) is asked[0]
+
+
 def test_coverage_of_patches_adds_up_to_the_mask() -> None:
     scene = shapes.scenes(1, seed=3)[0]
     covered = paper.coverage(scene, 64)
@@ -470,7 +492,7 @@ def test_the_experiment_fills_every_table_and_every_check_reads_it() -> None:
         learning_rates=(1e-3, 2e-3), val_images=4, test_images=6, relevance_images=2, timing_repeats=1,
     )  # fmt: skip
     result = paper.experiment(params)
-    assert set(result.tables) == {"tuning", "curve", "answers", "cost", "relevance"}
+    assert set(result.tables) == {"tuning", "curve", "answers", "cost", "relevance", "maps", "example"}
     for claim in paper.CLAIMS:
         assert claim.check(result)
     assert Result.from_dict(result.to_dict()).to_dict() == result.to_dict()

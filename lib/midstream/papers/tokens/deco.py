@@ -20,7 +20,8 @@ Glossary (symbol → name here → shape → where it is from)
 Deviations
     - The paper trains LLaVA-1.5 in two stages, the projector alone and then projector and language model, on 558,000
       and 665,000 conversations. Here both are trained together, in one stage, on questions about generated images,
-      behind a frozen tower whose features are computed once.
+      behind a frozen tower whose features are computed once. Weights of linear layers are trained by Muon and all else
+      by AdamW, at one peak rate, for every projector alike: so short a training learns more that way.
     - Several questions follow one image in a training row; each is asked alone when answers are counted.
     - The language model starts from one that answers questions about captions, and says a box as four new words.
     - The rivals are written here from the papers they come from, in the paper's comparison but not in its code: the
@@ -28,8 +29,8 @@ Deviations
       C-Abstractor (Honeybee) has plain bottleneck blocks. The D-Abstractor is left out.
     - How R-GAE joins a projector's own layers is not read from code (inferred): self- and cross-attention are one
       attention over [patches; queries]. A convolution has no attention, so the C-Abstractor has no such map.
-    - Added: the share of relevance that falls on the object asked about, where the paper shows maps; images whose
-      patches are shuffled, and questions put to another image, as controls.
+    - Added: the share of relevance that falls on the object asked about, beside maps as the paper shows them; images
+      whose patches are shuffled, and questions put to another image, as controls.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from midstream import zoo
 from midstream.claims import Claim, Comparison, Control, PaperNumber
 from midstream.data import shapes
 from midstream.measure import Interval, paired_interval, t_interval
-from midstream.measure.relevance import trace
+from midstream.measure.relevance import Chain, trace
 from midstream.paper import PaperParams, Preset, Result
 from midstream.train import Schedule, fit
 from midstream.train.llava import CachedTower, assemble, by_length
@@ -302,8 +303,13 @@ def answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return loss
 
 
+def schedule(steps: int, rate: float) -> Schedule:
+    """Muon for linear layers and AdamW for the rest, both at the peak `rate`."""
+    return Schedule(steps, learning_rate=rate, muon=rate)
+
+
 def train(
-    study: Study, run: Run, images: Pool, schedule: Schedule, after_step: Callable[[Any, int], None] | None = None
+    study: Study, run: Run, images: Pool, course: Schedule, after_step: Callable[[Any, int], None] | None = None
 ) -> tuple[Any, pd.DataFrame]:
     """A trained model of a run and its loss curve; all arms of a seed see the same rows in the same order."""
     bench, params = study.bench, study.params
@@ -316,7 +322,7 @@ def train(
             after_step(model.eval(), step)
             model.train()
 
-    return model, fit(model, rows, answer_loss, schedule, precision=params.precision, after_step=tell)
+    return model, fit(model, rows, answer_loss, course, precision=params.precision, after_step=tell)
 
 
 @torch.no_grad()
@@ -341,8 +347,8 @@ def tune(study: Study) -> Iterator[dict[str, Any]]:
     held_out = pool(bench, params.val_images, params.seed + _SEEDS["val"], spec=params.spec)
     for arm in params.arms:
         for rate in params.learning_rates:
-            schedule = Schedule(params.tune_steps, learning_rate=rate)
-            model, _ = train(study, Run(arm, params.tokens, params.seed), images, schedule)
+            run = Run(arm, params.tokens, params.seed)
+            model, _ = train(study, run, images, schedule(params.tune_steps, rate))
             places = visual_tokens(bench, arm, params.tokens)
             loss = held_out_loss(bench, model, held_out, places, params.batch_size)
             yield {"arm": arm, "rate": rate, "loss": loss}
@@ -399,12 +405,17 @@ def relevance_rows(bench: Bench, model: Any, images: Pool, asked: Sequence[Asked
     return pd.concat(tables, ignore_index=True)
 
 
-def _traced(bench: Bench, model: Any, images: Pool, batch: Sequence[Asked], tokens: int) -> pd.DataFrame:
+def chain_of(bench: Bench, model: Any, images: Pool, batch: Sequence[Asked], tokens: int) -> Chain:
+    """The relevance maps of the first words of answers, for `model` with its real tower."""
     rows = bench.rows([[each] for each in batch], tokens)
     inputs = {name: rows[name].to(model.device) for name in ("input_ids", "attention_mask")}
     inputs["pixel_values"] = pixels(bench, [images.scenes[each.image] for each in batch]).to(model.device)
     last = torch.tensor([len(bench.beginning) + tokens + len(each.turn.question) - 1 for each in batch])
-    chain = trace(model, inputs, last.to(model.device), torch.tensor([each.turn.answer[0] for each in batch]))
+    return trace(model, inputs, last.to(model.device), torch.tensor([each.turn.answer[0] for each in batch]))
+
+
+def _traced(bench: Bench, model: Any, images: Pool, batch: Sequence[Asked], tokens: int) -> pd.DataFrame:
+    chain = chain_of(bench, model, images, batch, tokens)
     patches = chain.patch_to_patch.shape[1]
     covers = [coverage(images.scenes[each.image], patches) for each in batch]
     own = torch.stack([cover[each.thing] for cover, each in zip(covers, batch, strict=True)])
@@ -418,6 +429,29 @@ def _traced(bench: Bench, model: Any, images: Pool, batch: Sequence[Asked], toke
         "overlap": overlap_of_queries(chain.query_to_patch.cpu()),
     }
     return pd.DataFrame({name: values.detach().numpy() for name, values in found.items()})
+
+
+def map_rows(chain: Chain) -> Iterator[dict[str, Any]]:
+    """Rows of the maps of a chain's first question, each as shares of 1, with the query that matters most to it.
+
+    Nothing for a projector that R-GAE does not follow.
+    """
+    best = int(chain.text_to_query[0].argmax())
+    parts = {
+        "text to query": chain.text_to_query[0],
+        "query to patch": chain.query_to_patch[0, best],
+        "text to patch": chain.text_to_patch[0],
+    }
+    if bool(chain.text_to_patch[0].isnan().any()):
+        return
+    for part, values in parts.items():
+        shares = (values / values.sum().clamp(min=1e-20)).tolist()
+        yield from ({"part": part, "place": place, "share": share} for place, share in enumerate(shares))
+
+
+def example(images: Pool, asked: Sequence[Asked]) -> Asked:
+    """The question whose maps are kept: the first about a scene of several things, whatever is answered."""
+    return next((each for each in asked if len(images.scenes[each.image].things) > 1), asked[0])
 
 
 def even_share(tokens: int, covered: Tensor) -> Tensor:
@@ -445,8 +479,7 @@ def run_training(study: Study, run: Run, rate: float, images: Pool) -> tuple[Any
             found.extend(run.row(step=step, images="own", **row) for row in answers(bench, model, test, own, places))
 
     own, places = test.features, visual_tokens(bench, run.arm, run.tokens)
-    schedule = Schedule(params.steps, learning_rate=rate)
-    model, log = train(study, run, images, schedule, count)
+    model, log = train(study, run, images, schedule(params.steps, rate), count)
     curve = log.groupby((log["step"] - 1) // max(1, params.steps // WINDOWS)).agg({"step": "last", "loss": "mean"})
     cost = {
         "projector": sum(weight.numel() for weight in model.model.multi_modal_projector.parameters()),
@@ -501,11 +534,27 @@ def run_one(study: Study, run: Run, rate: float, images: Pool) -> dict[str, list
     places = visual_tokens(bench, run.arm, run.tokens)
     rows["cost"][0]["inference_ms"] = time_answer(study, model, places)
     if run.tokens == params.tokens:
-        scenes = range(min(params.relevance_images, len(test.scenes)))
-        asked = [each for image in scenes for each in attribute_questions(bench, test.scenes[image], image)]
+        asked = traced_questions(study)
         means = relevance_rows(bench, model, test, asked, places).mean()
         rows["relevance"] = [run.row(n=len(asked), **{str(name): float(value) for name, value in means.items()})]
+        if run.seed == params.seed:
+            chain = chain_of(bench, model, test, [example(test, asked)], places)
+            rows["maps"] = [run.row(**row) for row in map_rows(chain)]
     return rows
+
+
+def traced_questions(study: Study) -> list[Asked]:
+    """Questions about one object's colour or shape in the first test images."""
+    scenes = study.test.scenes[: study.params.relevance_images]
+    return [each for image, scene in enumerate(scenes) for each in attribute_questions(study.bench, scene, image)]
+
+
+def example_table(study: Study) -> pd.DataFrame:
+    """One row that says which question's maps were kept: its image, object, words and answer."""
+    one = example(study.test, traced_questions(study))
+    words = study.bench.tokenizer.decode(list(one.turn.question))
+    answer = study.bench.tokenizer.decode(list(one.turn.answer[:-1]))
+    return pd.DataFrame([{"image": one.image, "thing": one.thing, "question": words, "answer": answer}])
 
 
 def runs(params: Params) -> Iterator[Run]:
@@ -529,7 +578,7 @@ def experiment(params: Params) -> Result:
             images = {run.seed: pool(bench, params.train_images, run.seed + _SEEDS["train"], spec=params.spec)}
         for name, found in run_one(study, run, rates[run.arm], images[run.seed]).items():
             rows.setdefault(name, []).extend(found)
-    tables = {name: pd.DataFrame(found) for name, found in rows.items()}
+    tables = {name: pd.DataFrame(found) for name, found in rows.items()} | {"example": example_table(study)}
     truth = np.concatenate([shapes.boxes(scene) for scene in test.scenes])
     rounded = np.array([from_bins(np.array(to_bins(box, params.bins)), params.bins) for box in truth])
     scalars = {
