@@ -36,20 +36,32 @@ SMALL = paper.Params(
 TIMELINES = [paper.timeline(number, seed=0, length=length) for length in (1, 2, 4) for number in range(100)]
 
 
-def llava() -> paper.Reader:
-    """A random LLaVA of 16 patches, its words those of the shapes world."""
+def llava(family: str) -> paper.Reader:
+    """A random LLaVA of 16 patches, words of the shapes world; SigLIP has no class token, Qwen2 groups its heads."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = hf.LlamaConfig(vocab_size=world.vocabulary_size(), bos_token_id=world.BEGIN, eos_token_id=world.END, **sizes)
-    vision = hf.CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=32, **sizes)
-    config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=world.IMAGE, image_seq_length=16)
+    words = {"vocab_size": world.vocabulary_size(), "bos_token_id": world.BEGIN, "eos_token_id": world.END}
+    image = {"image_size": 32, "patch_size": 8}
+    if family == "CLIP, Llama":
+        vision = hf.CLIPVisionConfig(projection_dim=32, **image, **sizes)
+        parts = {"text_config": hf.LlamaConfig(**words, **sizes), "vision_feature_select_strategy": "default"}
+    else:
+        vision = hf.SiglipVisionConfig(vision_use_head=False, **image, **sizes)
+        text = hf.Qwen2Config(num_key_value_heads=2, **words, **sizes)
+        parts = {"text_config": text, "vision_feature_select_strategy": "full"}
+    config = hf.LlavaConfig(vision_config=vision, image_token_index=world.IMAGE, image_seq_length=16, **parts)
     model = hf.LlavaForConditionalGeneration(config).eval()
     return paper.Reader(model, world.tokenizer("<s> $A"), SimpleNamespace(image_processor=world.image_processor()))
 
 
 @pytest.fixture(scope="module")
 def reader() -> paper.Reader:
-    return llava()
+    return llava("CLIP, Llama")
+
+
+@pytest.fixture(scope="module", params=["CLIP, Llama", "SigLIP, Qwen2"])
+def any_reader(request: pytest.FixtureRequest) -> paper.Reader:
+    return llava(request.param)
 
 
 # ------------------------------------------------------------------------------------------------------- timelines
@@ -194,31 +206,31 @@ def answer_from_frames(video: Video, question: Question) -> str:
     return "brighter" if light[video.frames[-1].background] > light[video.frames[0].background] else "darker"
 
 
-def test_whoever_ignores_the_order_of_frames_is_right_half_of_the_time(reader: paper.Reader) -> None:
+def test_whoever_ignores_the_order_of_frames_is_right_half_of_the_time(any_reader: paper.Reader) -> None:
     asked = paper.asked_videos(6, 8, 0)
-    features = paper.frame_features(reader, [frame for each in asked for frame in each.video.frames], 2)
+    features = paper.frame_features(any_reader, [frame for each in asked for frame in each.video.frames], 2)
     means = [torch.stack([features[f] for f in each.video.frames]).double().mean(0).float() for each in asked]
-    rows = [reader.row(mean, [each.question], asked=False) for mean, each in zip(means, asked, strict=True)]
-    assert np.mean(paper.right(reader, rows, asked)) == 0.5
+    rows = [any_reader.row(mean, [each.question], asked=False) for mean, each in zip(means, asked, strict=True)]
+    assert np.mean(paper.right(any_reader, rows, asked)) == 0.5
 
 
-def test_rows_with_visual_tokens_read_as_llava_reads_them(reader: paper.Reader) -> None:
+def test_rows_with_visual_tokens_read_as_llava_reads_them(any_reader: paper.Reader) -> None:
     scenes = shapes.scenes(3, spec=paper.STILL)
     question = Question("colour", "what colour is the thing?", "red")
-    features = paper.frame_features(reader, scenes, pool=1)
-    rows = [reader.row(features[scene], [question], asked=False) for scene in scenes]
+    features = paper.frame_features(any_reader, scenes, pool=1)
+    rows = [any_reader.row(features[scene], [question], asked=False) for scene in scenes]
     batch = paper.collate(rows)
     pixels = world.pixels(shapes.render(scenes, 32))
     with torch.no_grad():
-        expected = reader.model(input_ids=batch["input_ids"], pixel_values=pixels).logits[:, -1]
-    torch.testing.assert_close(paper.next_logits(reader, rows), expected, rtol=1e-4, atol=1e-5)
+        expected = any_reader.model(input_ids=batch["input_ids"], pixel_values=pixels).logits[:, -1]
+    torch.testing.assert_close(paper.next_logits(any_reader, rows), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_changes_no_answer(reader: paper.Reader) -> None:
+def test_padding_changes_no_answer(any_reader: paper.Reader) -> None:
     asked = paper.asked_videos(3, 8, 0)
-    rows = [reader.row(each.told, [each.question], asked=False) for each in asked]
-    together = paper.next_logits(reader, rows)
-    alone = torch.cat([paper.next_logits(reader, [row]) for row in rows])
+    rows = [any_reader.row(each.told, [each.question], asked=False) for each in asked]
+    together = paper.next_logits(any_reader, rows)
+    alone = torch.cat([paper.next_logits(any_reader, [row]) for row in rows])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -274,9 +286,9 @@ def test_resizing_averages_squares_of_tokens_frame_by_frame() -> None:
     torch.testing.assert_close(back.reshape(2, 3, 2, 2, 5), small.flip(1))
 
 
-def test_the_language_models_states_of_a_prefix_do_not_depend_on_what_follows(reader: paper.Reader) -> None:
+def test_the_language_models_states_of_a_prefix_do_not_depend_on_what_follows(any_reader: paper.Reader) -> None:
     films = torch.randn(2, 12, 32)
-    whole, half = paper.read_by_language(reader, films), paper.read_by_language(reader, films[:, :6])
+    whole, half = paper.read_by_language(any_reader, films), paper.read_by_language(any_reader, films[:, :6])
     torch.testing.assert_close(whole[:, :6], half, rtol=1e-4, atol=1e-5)
 
 
@@ -294,20 +306,32 @@ def test_arms_see_equally_many_tokens_and_no_step_holds_two_images_in_a_row_of_t
     assert all(sum(token == world.IMAGE for token in row.ids) == per_image for row in rows)
 
 
-def test_tuning_moves_the_language_model_alone_and_leaves_the_given_model(reader: paper.Reader) -> None:
-    before = {name: value.clone() for name, value in reader.model.state_dict().items()}
-    tuned = paper.learn("timelines", reader, paper.stills(reader, SMALL, 0), SMALL, 0)
+def test_shuffled_answers_are_all_that_parts_that_arm_from_the_timelines(reader: paper.Reader) -> None:
+    rows = paper.stills(reader, SMALL, 0)
+    ours, control = (paper.batches(arm, reader, rows, SMALL, 0) for arm in ("timelines", "shuffled answers"))
+    for _ in range(10):
+        one, other = next(ours), next(control)
+        assert one["visual"].equal(other["visual"])
+        assert one["labels"].ne(paper.IGNORED).equal(other["labels"].ne(paper.IGNORED))
+        differ = one["input_ids"] != other["input_ids"]
+        assert differ.any()
+        assert (one["labels"][differ] != paper.IGNORED).all()
+
+
+def test_tuning_moves_the_language_model_alone_and_leaves_the_given_model(any_reader: paper.Reader) -> None:
+    before = {name: value.clone() for name, value in any_reader.model.state_dict().items()}
+    tuned = paper.learn("timelines", any_reader, paper.stills(any_reader, SMALL, 0), SMALL, 0)
     moved = {name for name, value in tuned.model.state_dict().items() if not value.cpu().equal(before[name])}
     assert moved
     assert all("language_model" in name or name.startswith("lm_head") for name in moved)
-    assert all(value.equal(before[name]) for name, value in reader.model.state_dict().items())
+    assert all(value.equal(before[name]) for name, value in any_reader.model.state_dict().items())
 
 
 def test_the_experiment_fills_every_table_and_every_check_reads_it(
     reader: paper.Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     language = SimpleNamespace(model=reader.model, tokenizer=reader.tokenizer, processor=reader.processor)
-    monkeypatch.setattr(paper.zoo, "load", lambda name, device: language)
+    monkeypatch.setattr(paper.zoo, "load", lambda name, **options: language)
     result = paper.experiment(SMALL)
     assert set(result.tables) == {"probes", "answers", "images", "checkpoints"}
     assert set(result.tables["answers"]["arm"]) == {"none", "text model", *paper.ARMS}
