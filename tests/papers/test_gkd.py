@@ -143,6 +143,38 @@ def test_the_parts_of_the_loss_add_up_with_their_weights(school: paper.School) -
     torch.testing.assert_close(doubled, 2 * grown[1])
 
 
+def unit(vector: torch.Tensor) -> torch.Tensor:
+    return vector / vector.norm()
+
+
+def test_the_loss_of_gkd_cls_equals_a_slow_version_without_hooks(school: paper.School) -> None:
+    student, batch = paper.student_of(school.teacher, 2, seed=0), first_batch(school)
+    method = paper.Method("", 1e-3, alpha=0.3, patience=3.0, gradient=0.5, cls_gradient=0.25)
+    found = loss_of(school, student, method)
+    student.base_model.embeddings.requires_grad_(True)  # or the embedding output would be no part of the graph
+    out = student(**batch["inputs"], output_hidden_states=True)
+    wanted = [out.hidden_states[0], *(out.hidden_states[ours + 1] for ours, _ in school.layers)]
+    slopes = torch.autograd.grad(out.logits.softmax(-1).max(-1).values.sum(), wanted)
+    taught, rows, said = batch["teacher"], range(len(batch["labels"])), out.logits.detach()
+    cross = -sum(said[row].log_softmax(0)[batch["labels"][row]] for row in rows) / len(rows)
+    divergence, cls_distance, state_distance = 0.0, 0.0, 0.0
+    distances = []
+    for row in rows:
+        p, q = (logits[row].div(5).softmax(0) for logits in (taught["logits"], said))
+        divergence += float((p * (p / q).log()).sum()) / len(rows)
+        for token in range(int(batch["inputs"]["attention_mask"][row].sum())):
+            gap = unit(slopes[0][row, token]) - unit(taught["gradient"][row, token])
+            distances.append(float(gap.square().sum()))
+        for at in range(len(school.layers)):
+            gap = unit(slopes[1 + at][row, 0]) - unit(taught["cls_gradients"][row, at])
+            cls_distance += float(gap.square().sum()) / len(rows)
+            gap = unit(wanted[1 + at][row, 0].detach()) - unit(taught["cls_states"][row, at])
+            state_distance += float(gap.square().mean()) / (len(rows) * len(school.layers))
+    slow = 0.7 * float(cross) + 0.3 * 25 * divergence + 3 * state_distance
+    slow += 0.5 * sum(distances) / len(distances) + 0.25 * cls_distance
+    assert found.item() == pytest.approx(slow, rel=1e-3)
+
+
 def test_matching_gradients_moves_the_students_weights(school: paper.School) -> None:
     student = paper.student_of(school.teacher, 2, seed=0)
     only = paper.Method("", 1e-3, alpha=1.0, gradient=1.0)
