@@ -102,7 +102,7 @@ _FULL = Params(
     epochs=3,
     rates=(2e-4, 4e-4, 8e-4),
     patiences=(10.0, 100.0, 1000.0),
-    gradients=(0.02, 0.06, 0.2),
+    gradients=(0.01, 0.05, 0.2),
 )
 _PAPER = Params(
     teacher="google-bert/bert-base-uncased",
