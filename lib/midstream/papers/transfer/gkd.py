@@ -78,7 +78,7 @@ class Params(PaperParams):
     task: str = Field("movies", min_length=1, description="a classification data set")
     student_layers: int = Field(3, ge=2, le=48, description="blocks of the student, copied from the teacher's first")
     max_tokens: int = Field(12, ge=6, le=512, description="longest sentence used, in tokens")
-    n_train: int = Field(64, ge=8, le=1_000_000, description="training sentences, for the teacher and its students")
+    n_train: int = Field(48, ge=8, le=1_000_000, description="training sentences, for the teacher and its students")
     n_validation: int = Field(16, ge=8, le=100_000, description="sentences on which each method's setting is chosen")
     n_test: int = Field(48, ge=8, le=100_000, description="test sentences")
     teacher_epochs: int = Field(2, ge=1, le=20, description="passes over the training sentences, teacher")
