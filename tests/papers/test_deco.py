@@ -477,6 +477,13 @@ def test_steps_to_one_loss_are_counted_to_the_level_of_the_slowest_arm() -> None
     assert last["deco"] < last["c_abstractor"] < last["qformer"]
 
 
+def test_arms_that_leave_nothing_to_compare_are_refused() -> None:
+    with pytest.raises(ValueError, match="needed for a comparison"):
+        paper.Params(arms=("deco", "mlp"))
+    with pytest.raises(ValueError, match="resampler must be among"):
+        paper.Params(fewer_arms=("deco", "resampler"))
+
+
 def test_arms_that_are_not_known_and_grids_that_are_not_square_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown projector"):
         paper.Params(arms=("deco", "pooling"))

@@ -49,7 +49,7 @@ import numpy as np
 import pandas as pd
 import torch
 from einops import rearrange
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from midstream import zoo
@@ -187,6 +187,20 @@ class Params(PaperParams):
             if arm not in ARMS:
                 raise ValueError(f"unknown projector '{arm}'; there are {', '.join(ARMS)}")
         return arms
+
+    @field_validator("arms")
+    @classmethod
+    def _something_to_compare(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        if "deco" not in arms or not set(RIVALS) & set(arms):
+            raise ValueError(f"'deco' and at least one of {', '.join(RIVALS)} are needed for a comparison")
+        return arms
+
+    @field_validator("fewer_arms")
+    @classmethod
+    def _with_a_rate(cls, fewer: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if left_out := set(fewer) - set(info.data.get("arms", fewer)):
+            raise ValueError(f"{', '.join(sorted(left_out))} must be among `arms` too, where its rate is chosen")
+        return fewer
 
     @field_validator("tokens", "fewer_tokens")
     @classmethod
