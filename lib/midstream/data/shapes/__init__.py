@@ -11,7 +11,7 @@
 Nothing is stored: scene number n of a seed and split is the same everywhere, whatever else was drawn.
 """
 
-from midstream.data.shapes.language import OPPOSITES, TYPES, WORDINGS, WORDS, Question, caption, questions
+from midstream.data.shapes.language import OPPOSITES, TYPES, WORDINGS, WORDS, Question, caption, describe, questions
 from midstream.data.shapes.render import boxes, depth, masks, render
 from midstream.data.shapes.scenes import (
     ANYTHING,
@@ -55,6 +55,7 @@ __all__ = [
     "boxes",
     "caption",
     "depth",
+    "describe",
     "held_out_pairs",
     "masks",
     "overlapping",

@@ -1,14 +1,22 @@
-"""Recipe of `shapes-lm`: a small Llama that reads captions of the shapes world and answers questions about them."""
+"""Recipe of `shapes-lm`: a small Llama that reads captions of the shapes world and answers questions about them.
+
+To look something up in a caption takes two steps, to gather what is said of each thing and to find the thing that is
+asked for, and neither pays without the other. So the second is learned first, on things that come gathered: one vector
+a thing, the sum of the embeddings of its words.
+"""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from midstream.data import shapes
 from midstream.train.loop import Schedule
@@ -16,18 +24,24 @@ from midstream.train.recipes import Data, Measured, Recipe, Trained, Training
 from midstream.train.recipes import _shapes as world
 from midstream.zoo.loaded import Loaded
 
+THINGS_BATCH = 64
+"""Rows a step of the first stage."""
 BATCH = 32
-FEW = Schedule(steps=500, learning_rate=2e-3, muon=5e-3, warmup=0.05, floor=0.7, weight_decay=0.05)
-ALL = Schedule(steps=1400, learning_rate=2e-3, muon=4e-3, warmup=0.02, weight_decay=0.05)
-FEW_THINGS = shapes.Spec(things=(1, 2))
-"""Scenes of the first stage: with few things to confuse, looking up an attribute is learned several times faster."""
+THINGS = Schedule(steps=2000, learning_rate=2e-3, muon=4e-3, warmup=0.015, floor=0.2, weight_decay=0.05)
+TEXT = Schedule(steps=800, learning_rate=1.5e-3, muon=3e-3, warmup=0.02, weight_decay=0.05)
+THINGS_EVERY = 5
+"""Every so many batches of the second stage, one is of the first."""
 LENGTH = 320
 """Tokens at which a training row is cut."""
 CONTEXT_WEIGHT = 0.1
 """Weight of the loss on captions and questions, beside the loss on answers."""
 BLOCKS = 5
-QUESTIONS = 14
-"""In a row, over its scenes."""
+AGAIN = (0, 0, 1, 2)
+"""How often a caption is said again in another wording, drawn for each row."""
+ASKED = (*shapes.TYPES, "relation", "existence", "comparison")
+"""Types of the questions about gathered things; what takes two things or two attributes is asked twice."""
+PLACE_FIRST = 3
+"""The wording in which gathered things are told: a place, then what is there."""
 TESTED = 2000
 """Test scenes; each gives one question of every type that it settles."""
 
@@ -56,42 +70,79 @@ def make(training: Training) -> Trained:
 
     model = LlamaForCausalLM(LlamaConfig(**config()))
     model.set_attn_implementation("eager")  # at these sizes faster on a CPU than the fused kernel's backward
-    for stage, schedule, spec in (("few things", FEW, FEW_THINGS), ("all", ALL, shapes.ANYTHING)):
-        batches = _batches(training.recipe.seed, spec)
-        training.fit(stage, model, batches, _loss, schedule, batch=BATCH, precision="bfloat16")
+    seed, words = training.recipe.seed, world.tokenizer("<s> $A").get_vocab()
+    things = _thing_batches(seed, words)
+    training.fit("things", model, things, _loss, THINGS, batch=THINGS_BATCH, precision="bfloat16")
+    training.fit("text", model, _batches(seed, words, things), _loss, TEXT, batch=BATCH, precision="bfloat16")
     return Trained(model, world.tokenizer("<s> $A"))
 
 
-def _batches(seed: int, spec: shapes.Spec) -> Iterator[dict[str, Tensor]]:
+def _thing_batches(seed: int, words: dict[str, int]) -> Iterator[dict[str, Tensor]]:
+    """Things, one vector each, with questions about them and at the end what they are."""
     rng, number = random.Random(seed), 0
-    words = world.tokenizer("<s> $A").get_vocab()
     while True:
-        rows = []
-        for _ in range(BATCH):
-            count = rng.choice((1, 1, 2))
-            rows.append(text_conversations(shapes.scenes(count, seed=seed, start=number, spec=spec), rng, words))
-            number += count
-        yield world.pack(rows, LENGTH)
+        scenes = shapes.scenes(THINGS_BATCH, seed=seed, start=number)
+        number += len(scenes)
+        rows, gathered = [], []
+        for scene in scenes:
+            things = rng.sample(scene.things, len(scene.things))
+            gathered += [torch.tensor(world.encode(shapes.describe(thing), words)) for thing in things]
+            asked = world.text_questions(scene, rng, rng.sample(ASKED, len(ASKED)))
+            made = world.turns([world.IMAGE] * len(things), asked, words)
+            rows.append([replace(made, pairs=(*made.pairs, _told(scene, rng, PLACE_FIRST, words)))])
+        things_words = pad_sequence(gathered, batch_first=True, padding_value=world.PAD)
+        yield {**world.pack(rows, LENGTH), "things": things_words}
+
+
+def _batches(seed: int, words: dict[str, int], things: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    rng, number = random.Random(seed), 0
+    for step in itertools.count(1):
+        if step % THINGS_EVERY == 0:
+            yield next(things)
+            continue
+        scenes = shapes.scenes(BATCH, seed=seed, start=number)
+        number += BATCH
+        yield world.pack([text_conversations([scene], rng, words) for scene in scenes], LENGTH)
 
 
 def text_conversations(scenes: Sequence[shapes.Scene], rng: random.Random, words: dict[str, int]) -> list[world.Turns]:
-    """Captions, each followed by questions; the more scenes in a row, the fewer on each."""
+    """Captions, each followed by questions and the caption again in other wordings, in any order."""
     made = []
     for scene in scenes:
-        types = [type for _ in range(0, QUESTIONS // len(scenes), len(shapes.TYPES)) for type in shapes.TYPES]
-        rng.shuffle(types)
-        caption = shapes.caption(scene, rng, rng.randrange(world.FULL_WORDINGS)) + "."
-        made.append(world.turns(world.encode(caption, words), world.text_questions(scene, rng, types), words))
+        first, *others = rng.sample(range(world.FULL_WORDINGS), 1 + rng.choice(AGAIN))
+        asked = world.text_questions(scene, rng, rng.sample(shapes.TYPES, len(shapes.TYPES)))
+        told = world.turns(world.encode(shapes.caption(scene, rng, first) + ".", words), asked, words)
+        pairs = [*told.pairs, *(_told(scene, rng, wording, words) for wording in others)]
+        rng.shuffle(pairs)
+        made.append(replace(told, pairs=tuple(pairs)))
     return made
+
+
+def _told(scene: shapes.Scene, rng: random.Random, wording: int, words: dict[str, int]) -> tuple[Any, Any]:
+    """A caption that is to be said without being asked."""
+    return (), (*world.encode(shapes.caption(scene, rng, wording), words), world.END)
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The mean over answers, and a share of the mean over everything else."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+    inputs = {"input_ids": batch["input_ids"]}
+    if "things" in batch:
+        inputs = {"inputs_embeds": _with_things(model.get_input_embeddings(), batch)}
+    logits = model(**inputs, attention_mask=batch["attention_mask"]).logits[:, :-1].float()
     losses = functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
     answers = batch["labels"][:, 1:] != world.IGNORED
-    context = batch["attention_mask"][:, 1:].bool() & ~answers
+    context = batch["attention_mask"][:, 1:].bool() & ~answers & (batch["input_ids"][:, 1:] != world.IMAGE)
     return losses[answers].mean() + CONTEXT_WEIGHT * losses[context].mean()
+
+
+def _with_things(embedding: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Embeddings of the tokens, (rows, tokens, width), a thing's place holding the sum over its words."""
+    words = batch["things"]
+    gathered = (embedding(words) * (words != world.PAD).unsqueeze(-1)).sum(1)
+    embedded = embedding(batch["input_ids"])
+    places = (batch["input_ids"] == world.IMAGE).unsqueeze(-1)
+    filled: Tensor = embedded.masked_scatter(places, gathered.to(embedded.dtype))
+    return filled
 
 
 def measure(loaded: Loaded) -> dict[str, Measured]:
@@ -117,7 +168,7 @@ RECIPE = Recipe(
     title="Llama of the shapes world",
     what="A Llama of 5 blocks and width 128 that reads captions of the shapes world and answers questions about them.",
     note="It knows the words of the shapes world alone. It was never asked about the order of events.",
-    data=Data(name="shapes", parameters={"rows": BATCH * (FEW.steps + ALL.steps)}, seed=0),
+    data=Data(name="shapes", parameters={"rows": THINGS_BATCH * THINGS.steps + BATCH * TEXT.steps}, seed=0),
     make=make,
     measure=measure,
     minutes_cpu=20,

@@ -20,8 +20,8 @@ from midstream.zoo.loaded import Loaded
 
 BATCH = 24
 """Images a step."""
-FEW = Schedule(steps=300, learning_rate=1.5e-3, warmup=0.1, floor=0.7, weight_decay=0.05)
-ALL = Schedule(steps=1700, learning_rate=1.2e-3, warmup=0.02, weight_decay=0.05)
+PROJECT = Schedule(steps=200, learning_rate=2e-3, muon=5e-3, warmup=0.05, floor=0.5, weight_decay=0.05)
+ALL = Schedule(steps=1400, learning_rate=1e-3, muon=2e-3, warmup=0.04, weight_decay=0.05)
 LENGTH = 640
 VISUAL_TOKENS = (world.SIZE // world.PATCH) ** 2
 IMAGES_IN_A_ROW = (1,) * 13 + (2,) * 2 + (4,) * 2
@@ -58,13 +58,19 @@ def build() -> Any:
 
 
 def make(training: Training) -> Trained:
-    """Everything together, first on images of few things, then of as many as there are."""
+    """The projector alone, then everything together."""
     from transformers import LlavaProcessor
 
     model = build()
-    for stage, schedule, spec in (("few things", FEW, shapes_lm.FEW_THINGS), ("all", ALL, shapes.ANYTHING)):
-        batches = _batches(training.recipe.seed, spec)
-        training.fit(stage, model, batches, _loss, schedule, batch=BATCH, precision="bfloat16")
+    seed = training.recipe.seed
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    training.fit(
+        "projector", model, _batches(seed, itertools.repeat(False)), _loss, PROJECT, batch=BATCH, precision="bfloat16"
+    )
+    model.requires_grad_(True)
+    text = itertools.cycle([*[False] * (TEXT_EVERY - 1), True])
+    training.fit("all", model, _batches(seed, text), _loss, ALL, batch=BATCH, precision="bfloat16")
     processor = LlavaProcessor(
         world.image_processor(),
         world.tokenizer("<s> $A"),
@@ -75,14 +81,14 @@ def make(training: Training) -> Trained:
     return Trained(model, processor=processor)
 
 
-def _batches(seed: int, spec: shapes.Spec) -> Iterator[dict[str, Tensor]]:
-    """Rows of one, two or four images, each with questions; now and then a batch of captions in their place."""
+def _batches(seed: int, text: Iterator[bool]) -> Iterator[dict[str, Tensor]]:
+    """Rows of one, two or four images, each with questions; where `text` says so, captions in their place."""
     rng, start = random.Random(seed), 0
     words = world.tokenizer("<s> $A").get_vocab()
-    for number in itertools.count(1):
-        scenes = shapes.scenes(BATCH, seed=seed, start=start, spec=spec)
+    for in_words in text:
+        scenes = shapes.scenes(BATCH, seed=seed, start=start)
         start += BATCH
-        if number % TEXT_EVERY == 0:
+        if in_words:
             yield world.pack([shapes_lm.text_conversations([scene], rng, words) for scene in scenes], LENGTH)
             continue
         width = rng.choice(IMAGES_IN_A_ROW)
@@ -158,7 +164,7 @@ RECIPE = Recipe(
     title="LLaVA of the shapes world",
     what="The image tower of shapes-clip, a projector and shapes-lm, trained to answer questions about images.",
     note="It knows the words of the shapes world alone. It has seen several images in a row, never a video.",
-    data=Data(name="shapes", parameters={"images": BATCH * (FEW.steps + ALL.steps), "size": world.SIZE}, seed=3),
+    data=Data(name="shapes", parameters={"images": BATCH * (PROJECT.steps + ALL.steps), "size": world.SIZE}, seed=3),
     make=make,
     measure=measure,
     minutes_cpu=45,
