@@ -133,4 +133,4 @@ def _optimizers(model: nn.Module, schedule: Schedule) -> list[torch.optim.Optimi
 def _of_linear_layers(model: nn.Module) -> set[nn.Parameter]:
     """Weights of linear layers that are not also an embedding's: those are tables, not maps."""
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    return {module.weight for module in model.modules() if isinstance(module, nn.Linear)} - tables
+    return {module.weight for module in model.modules() if isinstance(module, nn.Linear)} - tables  # type: ignore[return-value]
