@@ -109,7 +109,7 @@ _PAPER = Params(
     probe_grid=4,
     probe_epochs=60,
     probe_rate=5e-5,
-    n_stills=50_000,
+    n_stills=10_000,
     lengths=(1, 2, 4, 8),
     steps=3000,
     step_tokens=32_768,
@@ -127,10 +127,10 @@ PRESETS: dict[str, Preset] = {
         _PAPER,
         "a 7-billion LLaVA that reads several images, on the shapes world's videos",
         minutes=1500,
-        memory_gib=160,
-        needs="LLaVA-Interleave 7B from the Hub and GPUs with 160 GiB together; LongVA-7B is no class of transformers, "
+        memory_gib=320,
+        needs="LLaVA-Interleave 7B from the Hub and GPUs with 320 GiB together; LongVA-7B is no class of transformers, "
         "and the paper's timelines, TempCompass and Video-MME are not loaded here",
-        gpus=2,
+        gpus=4,
     ),
 }
 
