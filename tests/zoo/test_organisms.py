@@ -232,6 +232,18 @@ def test_a_shipped_organism_loads_and_is_what_its_card_says(name: str) -> None:
     assert card.sha256 in zoo.card(name).sha256
 
 
+AT_LEAST = {"shapes-clip": {"caption of an image": 80, "image of a caption": 80}, "shapes-vlm": {"all questions": 85}}
+"""In per cent: below this a model is of no use to the chapters that read it."""
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name in AT_LEAST])
+def test_a_shipped_organism_that_sees_is_good_enough_to_be_studied(name: str) -> None:
+    measured = organisms.read_card(organisms.WEIGHTS / name).measured
+    assert not [what for what, bar in AT_LEAST[name].items() if measured[what].value < bar]
+    if name == "shapes-vlm":
+        assert measured["with another image"].value < measured["text-only prior"].value + 5, "it must read the image"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_organism_still_does_what_its_card_says(name: str) -> None:

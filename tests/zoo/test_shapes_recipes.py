@@ -96,7 +96,7 @@ def test_the_names_to_learn_are_those_of_the_things():
 def test_a_gathered_thing_is_the_sum_of_its_words():
     torch.manual_seed(0)
     table = nn.Embedding(world.vocabulary_size(), 8)
-    batch = next(shapes_lm._thing_batches(3, WORDS, [0]))
+    batch = next(shapes_lm._thing_batches(3, WORDS, shapes.TYPES, [0]))
     embedded = shapes_lm._with_things(table, batch)
     places = batch["input_ids"] == world.IMAGE
     for vector, words in zip(embedded[places], batch["things"], strict=True):
@@ -105,7 +105,7 @@ def test_a_gathered_thing_is_the_sum_of_its_words():
 
 
 def test_things_stand_before_the_questions_about_their_own_scene():
-    batch = next(shapes_lm._thing_batches(3, WORDS, [0]))
+    batch = next(shapes_lm._thing_batches(3, WORDS, shapes.TYPES, [0]))
     scenes = shapes.scenes(shapes_lm.THINGS_BATCH, seed=3)
     counts = (batch["input_ids"] == world.IMAGE).sum(1).tolist()
     assert counts == [len(scene.things) for scene in scenes]
@@ -139,5 +139,5 @@ def test_a_row_shows_images_or_says_captions_in_their_place(in_words):
 def test_no_answer_is_cut_off():
     for batch, _ in zip(shapes_vlm._batches(0, itertools.repeat(False)), range(12), strict=False):
         assert batch["input_ids"].shape[1] < shapes_vlm.LENGTH
-    for batch, _ in zip(shapes_lm._thing_batches(0, WORDS, range(4)), range(3), strict=False):
+    for batch, _ in zip(shapes_lm._thing_batches(0, WORDS, shapes_lm.ASKED_LATER, range(4)), range(3), strict=False):
         assert batch["input_ids"].shape[1] < shapes_lm.LENGTH
