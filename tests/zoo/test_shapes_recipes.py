@@ -9,6 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from midstream.data import shapes
 from midstream.train.recipes import _shapes as world
@@ -38,14 +39,30 @@ def test_only_answers_and_their_ends_are_labelled():
 
 
 def test_rows_of_different_length_are_padded_on_the_right_and_cut_at_the_length():
-    turns = [
-        [world.turns(world.encode(shapes.caption(scene, random.Random(0), 0), WORDS), [], WORDS)] for scene in SCENES
-    ]
-    batch = world.pack(turns, 30)
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (60, 30)
-    assert (batch["input_ids"][:, 0] == world.BEGIN).all()
-    assert torch.equal(batch["attention_mask"], batch["attention_mask"].sort(descending=True).values)
-    assert torch.equal(batch["input_ids"] == world.PAD, batch["attention_mask"] == 0)
+    captions = [world.encode(shapes.caption(scene, random.Random(0), 0), WORDS) for scene in SCENES]
+    batch = world.pack([[world.turns(caption, [], WORDS)] for caption in captions], 30)
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (60, 30)
+    for tokens, caption in zip(batch["input_ids"].tolist(), captions, strict=True):
+        assert tokens == ([world.BEGIN, *caption] + [world.PAD] * 30)[:30]
+
+
+def test_packed_questions_are_answered_as_if_each_were_asked_alone():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shapes_lm.config())).eval()
+    rng, told = random.Random(0), []
+    for scene in SCENES[:2]:
+        caption = world.encode(shapes.caption(scene, rng, 0), WORDS)
+        told.append(world.turns(caption, world.text_questions(scene, rng, shapes.TYPES), WORDS))
+    packed, found = world.pack([told], 500), []
+    with torch.no_grad():
+        together = model(**{name: packed[name] for name in ("input_ids", "attention_mask", "position_ids")}).logits[0]
+        for number, each in enumerate(told):
+            before = [token for earlier in told[: number + 1] for token in earlier.beginning]
+            for question, answer in each.pairs:
+                ids = torch.tensor([[world.BEGIN, *before, *question, *answer]])
+                found.append(model(ids).logits[0, -len(answer) - 1 : -1])
+    answers = (packed["labels"][0] != world.IGNORED).nonzero().flatten()
+    torch.testing.assert_close(together[answers - 1], torch.cat(found), atol=1e-4, rtol=0)
 
 
 def test_no_question_about_a_text_asks_what_a_text_does_not_say():
@@ -96,7 +113,7 @@ def test_the_names_to_learn_are_those_of_the_things():
 def test_a_gathered_thing_is_the_sum_of_its_words():
     torch.manual_seed(0)
     table = nn.Embedding(world.vocabulary_size(), 8)
-    batch = next(shapes_lm._thing_batches(3, WORDS, shapes.TYPES, [0]))
+    batch = next(shapes_lm._thing_batches(3, WORDS))
     embedded = shapes_lm._with_things(table, batch)
     places = batch["input_ids"] == world.IMAGE
     for vector, words in zip(embedded[places], batch["things"], strict=True):
@@ -105,7 +122,7 @@ def test_a_gathered_thing_is_the_sum_of_its_words():
 
 
 def test_things_stand_before_the_questions_about_their_own_scene():
-    batch = next(shapes_lm._thing_batches(3, WORDS, shapes.TYPES, [0]))
+    batch = next(shapes_lm._thing_batches(3, WORDS))
     scenes = shapes.scenes(shapes_lm.THINGS_BATCH, seed=3)
     counts = (batch["input_ids"] == world.IMAGE).sum(1).tolist()
     assert counts == [len(scene.things) for scene in scenes]
@@ -139,5 +156,5 @@ def test_a_row_shows_images_or_says_captions_in_their_place(in_words):
 def test_no_answer_is_cut_off():
     for batch, _ in zip(shapes_vlm._batches(0, itertools.repeat(False)), range(12), strict=False):
         assert batch["input_ids"].shape[1] < shapes_vlm.LENGTH
-    for batch, _ in zip(shapes_lm._thing_batches(0, WORDS, shapes_lm.ASKED_LATER, range(4)), range(3), strict=False):
+    for batch, _ in zip(shapes_lm._thing_batches(0, WORDS), range(3), strict=False):
         assert batch["input_ids"].shape[1] < shapes_lm.LENGTH

@@ -90,29 +90,51 @@ def turns(beginning: Sequence[int], questions: Sequence[shapes.Question], words:
 
 
 def pack(conversations: Sequence[Sequence[Turns]], length: int) -> dict[str, Tensor]:
-    """Each row: conversations one after another, cut at `length`.
+    """Each row: conversations one after another, cut at `length`; every question as if it were asked alone.
 
-    Returns `input_ids`, `attention_mask` and `labels` of (rows, tokens); only answers and their ends are labelled.
+    A question sees the beginnings before it and neither another question nor its answer, and its positions follow on
+    those beginnings. (Where questions see one another, answers are found in other questions, and the image or caption
+    is read the less.) Returns `input_ids`, `position_ids` and `labels` of (rows, tokens), labels on answers and their
+    ends alone, and `attention_mask` of (rows, 1, tokens, tokens): what is added to attention's scores.
     """
     rows = [_row(row, length) for row in conversations]
-    longest = max(len(tokens) for tokens, _ in rows)
-    inputs = torch.full((len(rows), longest), PAD)
-    labels = torch.full((len(rows), longest), IGNORED)
-    for number, (tokens, targets) in enumerate(rows):
-        inputs[number, : len(tokens)] = torch.tensor(tokens)
-        labels[number, : len(tokens)] = torch.tensor(targets)
-    return {"input_ids": inputs, "attention_mask": (inputs != PAD).long(), "labels": labels}
+    longest = max(len(tokens) for tokens, *_ in rows)
+    filled = [[_padded(part, longest, value) for part, value in zip(row, _PADDING, strict=True)] for row in rows]
+    inputs, labels, positions, segments = (torch.tensor(part) for part in zip(*filled, strict=True))
+    before = torch.ones(longest, longest, dtype=torch.bool).tril()
+    of, by = segments.unsqueeze(1), segments.unsqueeze(2)
+    seen = before & ((of == _SHARED) | (of == by)) & (of != _NOWHERE) | torch.eye(longest, dtype=torch.bool)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min).unsqueeze(1)
+    return {"input_ids": inputs, "attention_mask": mask, "position_ids": positions, "labels": labels}
 
 
-def _row(conversations: Sequence[Turns], length: int) -> tuple[list[int], list[int]]:
-    tokens, labels = [BEGIN], [IGNORED]
+_SHARED, _NOWHERE = 0, -1
+_PADDING = (PAD, IGNORED, 0, _NOWHERE)
+"""Of tokens, labels, positions and segments."""
+
+
+def _padded(part: list[int], length: int, value: int) -> list[int]:
+    return part + [value] * (length - len(part))
+
+
+def _row(conversations: Sequence[Turns], length: int) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Tokens, labels, positions, and which question a token belongs to, counted from 1; 0 for what all see."""
+    tokens, labels, positions, segments = [BEGIN], [IGNORED], [0], [_SHARED]
+    shared = number = 0
     for conversation in conversations:
         tokens += conversation.beginning
         labels += [IGNORED] * len(conversation.beginning)
+        positions += range(shared + 1, shared + 1 + len(conversation.beginning))
+        segments += [_SHARED] * len(conversation.beginning)
+        shared += len(conversation.beginning)
         for question, answer in conversation.pairs:
+            number += 1
             tokens += (*question, *answer)
-            labels += [IGNORED] * len(question) + list(answer)
-    return tokens[:length], labels[:length]
+            given = len(question) or 1  # what nothing asks for begins by itself: the token before it is another's
+            labels += [IGNORED] * given + [*question, *answer][given:]
+            positions += range(shared + 1, shared + 1 + len(question) + len(answer))
+            segments += [number] * (len(question) + len(answer))
+    return tokens[:length], labels[:length], positions[:length], segments[:length]
 
 
 def text_questions(scene: shapes.Scene, rng: random.Random, types: Sequence[str]) -> list[shapes.Question]:
