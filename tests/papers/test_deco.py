@@ -17,7 +17,7 @@ from midstream.measure.relevance import Chain, Gates, accumulate, gated_places, 
 from midstream.paper import Result
 from midstream.papers.tokens import deco as paper
 from midstream.train import visual_bench
-from midstream.train.llava import CachedTower, Turn, assemble, exact_answers, greedy, pack, tower_features
+from midstream.train.llava import CachedTower, Turn, ask, assemble, exact_answers, greedy, pack, tower_features
 from midstream.train.projectors import side
 
 WIDTH, OUT = 12, 32
@@ -346,7 +346,7 @@ def test_every_arm_of_a_seed_starts_from_the_same_language_model_and_sees_the_sa
         assert torch.equal(mine, other)
         assert mine is not other
     rows = [next(paper.batches(bench, images, tokens, seed=1, size=4)) for tokens in (16, 64)]
-    words = [row["input_ids"][row["attention_mask"].bool() & (row["input_ids"] != bench.image_token)] for row in rows]
+    words = [row["input_ids"][row["input_ids"] != bench.image_token] for row in rows]
     assert torch.equal(*words)
     assert torch.equal(rows[0]["pixel_values"], rows[1]["pixel_values"])
 
@@ -354,9 +354,33 @@ def test_every_arm_of_a_seed_starts_from_the_same_language_model_and_sees_the_sa
 def test_only_answers_are_labelled_and_padding_is_masked() -> None:
     packed = pack([[Turn((5, 6), (7, 2)), Turn((8,), (9, 2))], [Turn((5,), (7, 2))]], [1, 3, 3], pad=0)
     assert packed["input_ids"].tolist() == [[1, 3, 3, 5, 6, 7, 2, 8, 9, 2], [1, 3, 3, 5, 7, 2, 0, 0, 0, 0]]
+    assert packed["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 5, 6, 3, 4, 5]
     ignored = -100
     assert packed["labels"][0].tolist() == [*[ignored] * 5, 7, 2, ignored, 9, 2]
-    assert packed["attention_mask"].sum(1).tolist() == [10, 6]
+    single = ask([Turn((5, 6), (7, 2)), Turn((5,), (7, 2))], [1, 3, 3], pad=0)
+    assert single["input_ids"].tolist() == [[1, 3, 3, 5, 6, 7, 2], [1, 3, 3, 5, 7, 2, 0]]
+    assert single["attention_mask"].sum(1).tolist() == [7, 6]
+    assert single["labels"][1].tolist() == [*[ignored] * 4, 7, 2, ignored]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_questions_in_one_row_are_answered_as_if_each_were_asked_alone(
+    bench: visual_bench.Bench, attention: str
+) -> None:
+    images = visual_bench.pool(bench, 2, seed=5)
+    model = paper.new_model(bench, "deco", 16, depth=2, seed=0)
+    model.set_attn_implementation(attention)
+    together = {**bench.rows(images.asked, 16), "pixel_values": images.features}
+    asked = [each for row in images.asked for each in row]
+    alone = {**bench.single(asked, 16), "pixel_values": images.features[[each.image for each in asked]]}
+    with torch.no_grad():
+        found, expected = (
+            model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1][
+                batch["labels"][:, 1:] != -100
+            ]
+            for batch in (together, alone)
+        )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_an_exact_answer_is_what_greedy_decoding_says(bench: visual_bench.Bench) -> None:
@@ -364,13 +388,13 @@ def test_an_exact_answer_is_what_greedy_decoding_says(bench: visual_bench.Bench)
     model = paper.new_model(bench, "deco", 16, depth=2, seed=0)
     asked = [each for row in images.asked for each in row][:20]
     features = images.features[[each.image for each in asked]]
-    inputs = {**bench.rows([[each] for each in asked], 16), "pixel_values": features}
+    inputs = {**bench.single(asked, 16), "pixel_values": features}
     said = greedy(model, inputs, 3)
     for row in range(0, 20, 2):  # every other question gets for its answer what the model says
         asked[row] = visual_bench.Asked(
             asked[row].image, "colour", Turn(asked[row].turn.question, tuple(said[row].tolist()))
         )
-    inputs = {**bench.rows([[each] for each in asked], 16), "pixel_values": features}
+    inputs = {**bench.single(asked, 16), "pixel_values": features}
     expected = [tuple(said[n, : len(each.turn.answer)].tolist()) == each.turn.answer for n, each in enumerate(asked)]
     assert exact_answers(model, inputs).tolist() == expected
     assert expected[::2] == [True] * 10
@@ -380,7 +404,7 @@ def test_greedy_is_generate(bench: visual_bench.Bench) -> None:
     images = visual_bench.pool(bench, 2, seed=5)
     model = paper.new_model(bench, "qformer", 16, depth=2, seed=0)
     each = images.asked[0][0]
-    inputs = {**bench.rows([[each]], 16), "pixel_values": images.features[:1]}
+    inputs = {**bench.single([each], 16), "pixel_values": images.features[:1]}
     prompt = inputs["input_ids"][:, : -len(each.turn.answer)]
     theirs = model.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), pixel_values=images.features[:1],

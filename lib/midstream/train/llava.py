@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-IGNORED = -100
-"""The label of tokens that are not to be predicted."""
+from midstream.train import packing
+from midstream.train.packing import IGNORED
 
 
 @dataclass(frozen=True)
@@ -72,24 +72,25 @@ def tower_features(tower: Any, pixel_values: Tensor, batch_size: int = 64) -> Te
 
 
 def pack(rows: Sequence[Sequence[Turn]], beginning: Sequence[int], pad: int) -> dict[str, Tensor]:
-    """Rows of `beginning` and then turns one after another, padded on the right.
+    """Rows for training: `beginning` and then turns, each as if it were the only one (`midstream.train.packing`)."""
+    packed = []
+    for turns in rows:
+        packed.append(packing.Row())
+        packed[-1].show(beginning)
+        for turn in turns:
+            packed[-1].ask(turn.question, turn.answer)
+    return packing.pack(packed, pad)
+
+
+def ask(turns: Sequence[Turn], beginning: Sequence[int], pad: int) -> dict[str, Tensor]:
+    """Rows for testing: `beginning` and one turn each, padded on the right, as any processor makes them.
 
     Returns `input_ids`, `attention_mask` and `labels` of (rows, tokens); only answers are labelled.
     """
-    tokens, labels = [], []
-    for turns in rows:
-        words = [*beginning, *(word for turn in turns for word in (*turn.question, *turn.answer))]
-        wanted = [word for turn in turns for word in (*[IGNORED] * len(turn.question), *turn.answer)]
-        tokens.append(torch.tensor(words))
-        labels.append(torch.tensor([*[IGNORED] * len(beginning), *wanted]))
-    pad_right = nn.utils.rnn.pad_sequence
-    lengths = torch.tensor([len(row) for row in tokens])
-    inputs = pad_right(tokens, batch_first=True, padding_value=pad)
-    return {
-        "input_ids": inputs,
-        "attention_mask": (torch.arange(inputs.shape[1]) < lengths[:, None]).long(),
-        "labels": pad_right(labels, batch_first=True, padding_value=IGNORED),
-    }
+    packed = pack([[turn] for turn in turns], beginning, pad)
+    lengths = torch.tensor([len(beginning) + len(turn.question) + len(turn.answer) for turn in turns])
+    present = torch.arange(packed["input_ids"].shape[1]) < lengths[:, None]
+    return {"input_ids": packed["input_ids"], "attention_mask": present.long(), "labels": packed["labels"]}
 
 
 def by_length(turns: Sequence[Turn], size: int) -> Iterator[list[int]]:

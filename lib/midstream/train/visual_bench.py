@@ -19,7 +19,7 @@ from torch import Tensor
 
 from midstream import zoo
 from midstream.data import shapes
-from midstream.train.llava import Turn, by_length, exact_answers, greedy, pack, tower_features
+from midstream.train.llava import Turn, ask, by_length, exact_answers, greedy, pack, tower_features
 
 Precision = Literal["bfloat16", "float32"]
 IMAGE = "<image>"
@@ -134,9 +134,15 @@ class Bench:
         return torch.autocast(self.tower.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def rows(self, asked: Sequence[Sequence[Asked]], tokens: int) -> dict[str, Tensor]:
-        """Training or test rows: the visual tokens' places, then each row's turns."""
-        before = [*self.beginning, *[self.image_token] * tokens]
-        return pack([[each.turn for each in row] for row in asked], before, self.pad)
+        """Training rows: the visual tokens' places, then each row's turns, none of which sees another."""
+        return pack([[each.turn for each in row] for row in asked], self._before(tokens), self.pad)
+
+    def single(self, asked: Sequence[Asked], tokens: int) -> dict[str, Tensor]:
+        """Test rows: the visual tokens' places, then one turn."""
+        return ask([each.turn for each in asked], self._before(tokens), self.pad)
+
+    def _before(self, tokens: int) -> list[int]:
+        return [*self.beginning, *[self.image_token] * tokens]
 
 
 def prepare(vision: str, language: str, *, bins: int, precision: Precision, seed: int) -> Bench:
@@ -237,7 +243,7 @@ def answers(bench: Bench, model: Any, images: Pool, features: Tensor, tokens: in
     overlaps: list[float] = []
     for chosen in by_length([each.turn for each in asked], 128):
         batch = [asked[place] for place in chosen]
-        inputs = {**bench.rows([[each] for each in batch], tokens), "pixel_values": features[[b.image for b in batch]]}
+        inputs = {**bench.single(batch, tokens), "pixel_values": features[[b.image for b in batch]]}
         with bench.autocast():
             hits = exact_answers(model, inputs).tolist()
         for each, hit in zip(batch, hits, strict=True):
@@ -256,7 +262,7 @@ def box_overlaps(
     bench: Bench, model: Any, images: Pool, asked: Sequence[Asked], features: Tensor, tokens: int
 ) -> list[float]:
     """The IoU of each box the model says, word by word, with the object's own; 0 where it says no box."""
-    inputs = {**bench.rows([[each] for each in asked], tokens), "pixel_values": features[[a.image for a in asked]]}
+    inputs = {**bench.single(asked, tokens), "pixel_values": features[[a.image for a in asked]]}
     with bench.autocast():
         said = greedy(model, inputs, 4).numpy()
     numbers = {token: number for number, token in enumerate(bench.bin_tokens())}

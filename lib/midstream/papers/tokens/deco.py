@@ -421,7 +421,7 @@ def relevance_rows(bench: Bench, model: Any, images: Pool, asked: Sequence[Asked
 
 def chain_of(bench: Bench, model: Any, images: Pool, batch: Sequence[Asked], tokens: int) -> Chain:
     """The relevance maps of the first words of answers, for `model` with its real tower."""
-    rows = bench.rows([[each] for each in batch], tokens)
+    rows = bench.single(batch, tokens)
     inputs = {name: rows[name].to(model.device) for name in ("input_ids", "attention_mask")}
     inputs["pixel_values"] = pixels(bench, [images.scenes[each.image] for each in batch]).to(model.device)
     last = torch.tensor([len(bench.beginning) + tokens + len(each.turn.question) - 1 for each in batch])
@@ -527,7 +527,7 @@ def time_answer(study: Study, model: Any, tokens: int) -> float:
     """Milliseconds (median) from one image and one question to the first word of the answer, tower included."""
     bench, test = study.bench, study.test
     images = pixels(bench, test.scenes[:1]).to(model.device)
-    rows = bench.rows([test.asked[0][:1]], tokens)
+    rows = bench.single(test.asked[0][:1], tokens)
     inputs = {name: rows[name].to(model.device) for name in ("input_ids", "attention_mask")}
     seconds = []
     for _ in range(study.params.timing_repeats + 1):  # the first one warms up

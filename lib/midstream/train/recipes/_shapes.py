@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from midstream.data import shapes
+from midstream.train import packing
+from midstream.train.packing import IGNORED
 from midstream.zoo.organisms import Measured
 
 SIZE = 64
@@ -22,8 +24,6 @@ SPECIAL = ("<pad>", "<s>", "<image>", "</s>", "<unk>")
 """Tokens 0 to 4. The end is not token 2: transformers' CLIP reads that number as an old checkpoint's and then pools at
 the largest token instead of the end."""
 PAD, BEGIN, IMAGE, END = 0, 1, 2, 3
-IGNORED = -100
-"""The label of tokens that are not to be predicted."""
 FULL_WORDINGS = 4
 """The first wordings of captions: those that name everything."""
 
@@ -90,51 +90,16 @@ def turns(beginning: Sequence[int], questions: Sequence[shapes.Question], words:
 
 
 def pack(conversations: Sequence[Sequence[Turns]], length: int) -> dict[str, Tensor]:
-    """Each row: conversations one after another, cut at `length`; every question as if it were asked alone.
-
-    A question sees the beginnings before it and neither another question nor its answer, and its positions follow on
-    those beginnings. (Where questions see one another, answers are found in other questions, and the image or caption
-    is read the less.) Returns `input_ids`, `position_ids` and `labels` of (rows, tokens), labels on answers and their
-    ends alone, and `attention_mask` of (rows, 1, tokens, tokens): what is added to attention's scores.
-    """
-    rows = [_row(row, length) for row in conversations]
-    longest = max(len(tokens) for tokens, *_ in rows)
-    filled = [[_padded(part, longest, value) for part, value in zip(row, _PADDING, strict=True)] for row in rows]
-    inputs, labels, positions, segments = (torch.tensor(part) for part in zip(*filled, strict=True))
-    before = torch.ones(longest, longest, dtype=torch.bool).tril()
-    of, by = segments.unsqueeze(1), segments.unsqueeze(2)
-    seen = before & ((of == _SHARED) | (of == by)) & (of != _NOWHERE) | torch.eye(longest, dtype=torch.bool)
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min).unsqueeze(1)
-    return {"input_ids": inputs, "attention_mask": mask, "position_ids": positions, "labels": labels}
-
-
-_SHARED, _NOWHERE = 0, -1
-_PADDING = (PAD, IGNORED, 0, _NOWHERE)
-"""Of tokens, labels, positions and segments."""
-
-
-def _padded(part: list[int], length: int, value: int) -> list[int]:
-    return part + [value] * (length - len(part))
-
-
-def _row(conversations: Sequence[Turns], length: int) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Tokens, labels, positions, and which question a token belongs to, counted from 1; 0 for what all see."""
-    tokens, labels, positions, segments = [BEGIN], [IGNORED], [0], [_SHARED]
-    shared = number = 0
-    for conversation in conversations:
-        tokens += conversation.beginning
-        labels += [IGNORED] * len(conversation.beginning)
-        positions += range(shared + 1, shared + 1 + len(conversation.beginning))
-        segments += [_SHARED] * len(conversation.beginning)
-        shared += len(conversation.beginning)
-        for question, answer in conversation.pairs:
-            number += 1
-            tokens += (*question, *answer)
-            given = len(question) or 1  # what nothing asks for begins by itself: the token before it is another's
-            labels += [IGNORED] * given + [*question, *answer][given:]
-            positions += range(shared + 1, shared + 1 + len(question) + len(answer))
-            segments += [number] * (len(question) + len(answer))
-    return tokens[:length], labels[:length], positions[:length], segments[:length]
+    """Each row: conversations one after another, cut at `length`, every question as if it were asked alone."""
+    rows = []
+    for row in conversations:
+        rows.append(packing.Row())
+        rows[-1].show([BEGIN])
+        for conversation in row:
+            rows[-1].show(conversation.beginning)
+            for question, answer in conversation.pairs:
+                rows[-1].ask(question, answer)
+    return packing.pack(rows, PAD, length)
 
 
 def text_questions(scene: shapes.Scene, rng: random.Random, types: Sequence[str]) -> list[shapes.Question]:

@@ -27,8 +27,8 @@ from midstream.zoo.loaded import Loaded
 THINGS_BATCH = 64
 """Rows a step of the first stage."""
 BATCH = 32
-THINGS = Schedule(steps=1500, learning_rate=2e-3, muon=4e-3, warmup=0.02, floor=0.2, weight_decay=0.05)
-TEXT = Schedule(steps=900, learning_rate=1.5e-3, muon=3e-3, warmup=0.02, weight_decay=0.05)
+THINGS = Schedule(steps=1000, learning_rate=2e-3, muon=4e-3, warmup=0.02, floor=0.2, weight_decay=0.05)
+TEXT = Schedule(steps=700, learning_rate=1.5e-3, muon=3e-3, warmup=0.02, weight_decay=0.05)
 THINGS_EVERY = 5
 """Every so many batches of the second stage, one is of the first."""
 LENGTH = 320
