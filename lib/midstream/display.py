@@ -64,8 +64,8 @@ def claims(claims: Iterable[ClaimVerdict], *, caption: str, stale: bool = False)
         rows.append(
             (
                 escape(claim.statement),
-                _lines(_paper_numbers(claim.numbers)) or escape(claim.reported) or "none given",
-                _lines([*map(_comparison, claim.comparisons), *map(_our_number, claim.numbers)]),
+                _blocks(_paper_numbers(claim.numbers)) or escape(claim.reported) or "none given",
+                _blocks([*map(_comparison, claim.comparisons), *_our_numbers(claim.numbers)]),
                 verdict(direction),
                 "<br>".join(dict.fromkeys(verdict("stale" if stale else number.verdict) for number in claim.numbers))
                 or "none given",
@@ -147,26 +147,28 @@ def parameters_text(parameters: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value}" for name, value in parameters.items())
 
 
-def _lines(parts: Iterable[str]) -> str:
-    return "<br>".join(escape(part) for part in parts)
+def _blocks(parts: Iterable[tuple[str, str]]) -> str:
+    """Lines with something smaller under each, the same one once."""
+    each = "<div>{}<br><small>{}</small></div>"
+    return "".join(each.format(escape(line), escape(below)) for line, below in dict.fromkeys(parts))
 
 
-def _paper_numbers(numbers: Sequence[NumberVerdict]) -> Iterator[str]:
-    """The paper's figures, a line each, and their setting once after those that share it."""
+def _paper_numbers(numbers: Sequence[NumberVerdict]) -> Iterator[tuple[str, str]]:
+    """The paper's figures, and their setting under those that share it."""
     for (setting, where), group in groupby(numbers, key=lambda number: (number.setting, number.source)):
-        for number in group:
-            yield f"{number.what}: {number.value:.4g}{_unit(number.unit)}"
-        yield f"({setting}; {where})"
+        yield "; ".join(f"{each.what}: {each.value:.4g}{_unit(each.unit)}" for each in group), f"{setting}; {where}"
 
 
-def _our_number(number: NumberVerdict) -> str:
-    measured = f"{number.ours}{_unit(number.unit)}" if number.ours else "not measured"
-    return f"{number.what}, {number.setting_of_ours}: {measured}"
+def _our_numbers(numbers: Sequence[NumberVerdict]) -> Iterator[tuple[str, str]]:
+    """What was measured beside the paper's figures."""
+    for number in numbers:
+        if number.ours:
+            yield f"{number.what}: {number.ours}{_unit(number.unit)}", number.setting_of_ours
 
 
-def _comparison(comparison: ComparisonVerdict) -> str:
+def _comparison(comparison: ComparisonVerdict) -> tuple[str, str]:
     expected = f"{'>' if comparison.side == 'above' else '<'} {comparison.threshold:.3g}"
-    return f"{comparison.what}: {comparison.interval}{_unit(comparison.unit)}, claimed {expected}"
+    return f"{comparison.what}: {comparison.interval}{_unit(comparison.unit)}", f"claimed {expected}"
 
 
 def _unit(unit: str) -> str:
@@ -174,5 +176,5 @@ def _unit(unit: str) -> str:
 
 
 def _claim_text(claim: ClaimVerdict, stale: bool) -> str:
-    ours = "; ".join(map(_comparison, claim.comparisons))
+    ours = "; ".join(", ".join(_comparison(each)) for each in claim.comparisons)
     return f"[{'stale' if stale else claim.direction}] {claim.statement} {ours}"

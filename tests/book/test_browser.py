@@ -10,6 +10,7 @@ import yaml
 from midstream import places
 from midstream.book import checks
 from midstream.papers import papers
+from midstream.zoo import organisms
 
 pytestmark = pytest.mark.browser
 
@@ -121,3 +122,30 @@ def test_launch_and_download_buttons_point_at_the_source_notebook(window, html, 
     assert not [link for link in links if "book/chapters" in link]
     download = next(link for link in links if link.endswith(f"/{source}") and link.startswith("http://127.0.0.1"))
     assert window.request.get(download).body() == (places.root() / source).read_bytes()
+
+
+def test_pictures_of_the_shapes_world_are_shown_with_sharp_pixels(window):
+    window.goto("/shapes-world.html")
+    looks = window.eval_on_selector_all("img.pixels", "images => images.map(i => getComputedStyle(i).imageRendering)")
+    assert len(looks) > 40
+    assert set(looks) == {"pixelated"}
+    assert window.locator("table.rates tbody tr").count() == 8
+
+
+def test_the_models_page_has_a_row_and_a_loss_curve_for_each_miniature(window):
+    window.goto("/models-and-data.html")
+    names = window.eval_on_selector_all(
+        "table.miniatures tbody tr", "rows => rows.map(row => row.querySelector('code').textContent)"
+    )
+    assert names == organisms.names()
+    assert window.locator("table.miniatures svg.spark[aria-label]").count() == len(names)
+
+
+def test_the_rows_of_an_arena_lead_to_the_chapters_they_come_from(window):
+    window.goto("/arenas/projectors.html")
+    links = window.eval_on_selector_all(
+        "table.arena tbody td:last-child a", "links => links.map(link => link.pathname)"
+    )
+    entered = [paper for paper in papers().values() if paper.has_chapter and hasattr(paper.module(), "ARENA")]
+    assert set(links) <= {f"/chapters/{paper.part}/{paper.id}.html" for paper in entered}
+    assert links or "yet" in window.locator("article").inner_text()
