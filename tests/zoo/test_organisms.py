@@ -66,7 +66,7 @@ def test_a_card_says_how_the_weights_came_to_be(house: Path, tmp_path: Path) -> 
     assert [point.step for point in card.curve] == [1, 2, 3, 4]
     assert card.architecture["class"] == "LlamaForCausalLM"
     assert card.architecture["hidden_size"] == 16
-    assert card.seconds > 0
+    assert 0 <= card.seconds < 60
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_gives_others(house: Path, tmp_path: Path) -> None:
