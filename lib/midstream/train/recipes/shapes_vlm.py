@@ -20,8 +20,8 @@ from midstream.zoo.loaded import Loaded
 
 BATCH = 24
 """Images a step."""
-PROJECT = Schedule(steps=200, learning_rate=2e-3, muon=5e-3, warmup=0.05, floor=0.5, weight_decay=0.05)
-ALL = Schedule(steps=1400, learning_rate=1e-3, muon=2e-3, warmup=0.04, weight_decay=0.05)
+PROJECT = Schedule(steps=120, learning_rate=2e-3, muon=5e-3, warmup=0.05, floor=0.5, weight_decay=0.05)
+ALL = Schedule(steps=800, learning_rate=1e-3, muon=2e-3, warmup=0.04, weight_decay=0.05)
 LENGTH = 640
 VISUAL_TOKENS = (world.SIZE // world.PATCH) ** 2
 IMAGES_IN_A_ROW = (1,) * 13 + (2,) * 2 + (4,) * 2
