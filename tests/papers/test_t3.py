@@ -297,15 +297,17 @@ def test_the_language_models_states_of_a_prefix_do_not_depend_on_what_follows(an
 
 
 def test_arms_see_equally_many_tokens_and_every_image_its_own(reader: paper.Reader) -> None:
-    rows = paper.images(reader, SMALL, 0)
+    shown = paper.Shown(paper.images(reader, SMALL, 0), paper.films(reader, SMALL, 0))
     params = SMALL.model_copy(update={"step_tokens": 1536})
     assert reader.tokenizer.pad_token_id == 0
     totals = {}
-    for arm in paper.ARMS:
-        steps = paper.batches(arm, reader, rows, params, 0)
+    for arm in (*paper.ARMS, paper.CEILING):
+        steps = paper.batches(arm, reader, shown, params, 0)
         totals[arm] = sum(int(next(steps)["input_ids"].ne(0).sum()) for _ in range(20))
     assert max(totals.values()) < 1.05 * min(totals.values())
-    assert all(sum(token == world.IMAGE for token in row.text.tokens) == len(row.visual) for row in rows)
+    assert all(
+        sum(token == world.IMAGE for token in row.text.tokens) == len(row.visual) for row in shown.images + shown.films
+    )
 
 
 def test_an_album_shows_as_many_images_as_a_timeline_has_captions_and_asks_nothing_about_time() -> None:
@@ -319,8 +321,8 @@ def test_an_album_shows_as_many_images_as_a_timeline_has_captions_and_asks_nothi
 
 
 def test_shuffled_answers_are_all_that_parts_that_arm_from_the_timelines(reader: paper.Reader) -> None:
-    rows = paper.images(reader, SMALL, 0)
-    ours, control = (paper.batches(arm, reader, rows, SMALL, 0) for arm in ("timelines", "shuffled answers"))
+    shown = paper.Shown(paper.images(reader, SMALL, 0), paper.films(reader, SMALL, 0))
+    ours, control = (paper.batches(arm, reader, shown, SMALL, 0) for arm in ("timelines", "shuffled answers"))
     for _ in range(10):
         one, other = next(ours), next(control)
         assert one["visual"].equal(other["visual"])
@@ -332,7 +334,7 @@ def test_shuffled_answers_are_all_that_parts_that_arm_from_the_timelines(reader:
 
 def test_tuning_moves_the_language_model_alone_and_leaves_the_given_model(any_reader: paper.Reader) -> None:
     before = {name: value.clone() for name, value in any_reader.model.state_dict().items()}
-    tuned = paper.learn("timelines", any_reader, paper.images(any_reader, SMALL, 0), SMALL, 0)
+    tuned = paper.learn("timelines", any_reader, paper.Shown(paper.images(any_reader, SMALL, 0), []), SMALL, 0)
     moved = {name for name, value in tuned.model.state_dict().items() if not value.cpu().equal(before[name])}
     assert moved
     assert all("language_model" in name or name.startswith("lm_head") for name in moved)
@@ -346,7 +348,7 @@ def test_the_experiment_fills_every_table_and_every_check_reads_it(
     monkeypatch.setattr(paper.zoo, "load", lambda name, **options: language)
     result = paper.experiment(SMALL)
     assert set(result.tables) == {"probes", "answers", "images", "checkpoints"}
-    assert set(result.tables["answers"]["arm"]) == {"none", "text model", *paper.ARMS}
+    assert set(result.tables["answers"]["arm"]) == {"none", "text model", *paper.ARMS, paper.CEILING}
     assert (result.tables["answers"]["accuracy"].between(0, 1)).all()
     for claim in paper.CLAIMS:
         assert claim.check(result)

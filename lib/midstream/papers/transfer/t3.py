@@ -25,6 +25,7 @@ Deviations
       to text). Arms differ in the first half only and see equally many tokens a step.
     - The miniature has only seen single images, whereas the paper's models are used to several. Half of the images are
       therefore rows of stills, in all arms alike, with questions that their order does not settle.
+    - Added: an arm that learns from videos, to show how much of the skill the model could have.
     - Each video is asked twice, forwards and backwards, with the same words: whoever ignores the order of frames is
       right exactly half of the time. The paper's test, TempCompass, has no such pairs.
     - The LSTM probe reads fewer steps (each frame averaged to a small grid of tokens, where the paper resizes the whole
@@ -62,6 +63,8 @@ from midstream.train import Schedule, fit, packing
 
 ARMS = ("timelines", "shuffled answers", "other text", "images only")
 """What fills the first half of every step's tokens: T3, and the three controls of equally many tokens."""
+CEILING = "videos"
+"""One more arm, for what could be had: the first half is videos with the questions of the test."""
 PROBED = ("order", "growth", "movement", "colour")
 TOLD = PROBED
 """Kinds of video whose questions some timeline tells of; the background's brightness is never told of."""
@@ -85,7 +88,7 @@ class Params(PaperParams):
         64, ge=8, le=1_000_000, description="single images with questions that every arm sees, and rows of several"
     )
     lengths: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="captions of a timeline, in pairs")
-    steps: int = Field(6, ge=1, le=1_000_000, description="updates of an arm's language model")
+    steps: int = Field(4, ge=1, le=1_000_000, description="updates of an arm's language model")
     step_tokens: int = Field(1024, ge=64, le=10_000_000, description="tokens an update sees")
     rate: float = Field(2e-3, gt=0, le=1, description="AdamW's peak learning rate, the same for all arms")
     muon: float = Field(4e-3, ge=0, le=1, description="Muon's for linear layers; 0 leaves them to AdamW")
@@ -100,7 +103,7 @@ _FULL = Params(
     probe_test=48,
     probe_epochs=20,
     n_stills=1500,
-    steps=240,
+    steps=400,
     step_tokens=1536,
     checkpoints=5,
 )
@@ -422,10 +425,12 @@ class Asked:
         return Asked(self.video.reversed(), replace(self.question, answer=other))
 
 
-def asked_videos(count: int, frames: int, seed: int, kinds: Sequence[str] = shapes.KINDS) -> list[Asked]:
-    """`count` test videos of each kind with a question, each followed by itself backwards."""
+def asked_videos(
+    count: int, frames: int, seed: int, kinds: Sequence[str] = shapes.KINDS, split: Split = "test"
+) -> list[Asked]:
+    """`count` videos of each kind with a question, each followed by itself backwards."""
     rng = random.Random(f"asked/{seed}")
-    films = shapes.videos(count * len(kinds), frames=frames, seed=seed, split="test", kinds=kinds)
+    films = shapes.videos(count * len(kinds), frames=frames, seed=seed, split=split, kinds=kinds)
     forwards = [Asked(film, shapes.video_question(film, rng)) for film in films]
     return [each for one in forwards for each in (one, one.backwards())]
 
@@ -457,13 +462,25 @@ def right(reader: Reader, rows: Sequence[Row], asked: Sequence[Asked]) -> list[b
 # ------------------------------------------------------------------------------------------------ training the arms
 
 
-def batches(arm: str, reader: Reader, shown: Sequence[Row], params: Params, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Steps of an arm: half of their tokens its text, half images with questions (all, for `images only`)."""
+@dataclass(frozen=True)
+class Shown:
+    """What a seed's arms may see."""
+
+    images: list[Row]
+    films: list[Row]
+    """For the arm `CEILING` alone."""
+
+
+def batches(arm: str, reader: Reader, shown: Shown, params: Params, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Steps of an arm: half of their tokens its own, half images with questions (all, for `images only`)."""
     rng, answers = random.Random(f"{seed}/steps"), random.Random(f"{seed}/answers")  # lengths are alike in all arms
-    pictures, number = itertools.cycle(rng.sample(list(shown), len(shown))), itertools.count()
+    pictures, films = (itertools.cycle(rng.sample(rows, len(rows))) for rows in (shown.images, shown.films))
+    number = itertools.count()
     while True:
         rows: list[Row] = []
-        if arm != "images only":
+        if arm == CEILING:
+            rows += _fill(films, params.step_tokens // 2)
+        elif arm != "images only":
             length = rng.choice(params.lengths)  # one length a step, so that little is padded
             told = (timeline(next(number), seed=seed, length=length) for _ in itertools.count())
             texts = (_altered(arm, each, answers) for each in told)
@@ -490,10 +507,19 @@ def images(reader: Reader, params: Params, seed: int) -> list[Row]:
     """Images with questions that no order settles: `n_stills` single ones, and as many rows of several."""
     rng = random.Random(f"{seed}/stills")
     scenes = shapes.scenes(params.n_stills, seed=seed)
+    shown: list[tuple[tuple[Scene, ...], tuple[Question, ...]]]
     shown = [((scene,), tuple(shapes.questions(scene, rng))) for scene in scenes]
     shown += [album(number, rng.choice(params.lengths), seed) for number in range(params.n_stills)]
     features = frame_features(reader, [scene for row, _ in shown for scene in row], params.pool)
     return [reader.row(torch.cat([features[scene] for scene in row]), asked) for row, asked in shown]
+
+
+def films(reader: Reader, params: Params, seed: int) -> list[Row]:
+    """Videos of the train split with a question each, every other one backwards: as many as there are `n_stills`."""
+    count = max(1, params.n_stills // (2 * len(TOLD)))
+    asked = asked_videos(count, params.frames, seed, TOLD, "train")
+    features = frame_features(reader, [frame for each in asked for frame in each.video.frames], params.pool)
+    return [reader.row(torch.cat([features[frame] for frame in each.video.frames]), [each.question]) for each in asked]
 
 
 _FIRST_ALBUM = 10**6
@@ -509,7 +535,7 @@ def album(number: int, length: int, seed: int) -> tuple[tuple[Scene, ...], tuple
 def learn(
     arm: str,
     reader: Reader,
-    rows: Sequence[Row],
+    shown: Shown,
     params: Params,
     seed: int,
     after_step: Callable[[Reader, int], None] | None = None,
@@ -522,7 +548,7 @@ def learn(
     tuned.model.lm_head.requires_grad_(True)
     schedule = Schedule(steps=params.steps, learning_rate=params.rate, muon=params.muon, warmup=0.03)
     report = None if after_step is None else lambda step: after_step(tuned, step)
-    steps = batches(arm, reader, rows, params, seed)
+    steps = batches(arm, reader, shown, params, seed)
     fit(tuned.model, steps, answer_loss, schedule, precision=params.precision, after_step=report)
     return tuned
 
@@ -747,7 +773,8 @@ def _as_prompt(question: Question) -> Question:
 
 def run_arms(reader: Reader, params: Params, seed: int) -> dict[str, list[dict[str, Any]]]:
     """Rows of `answers`, `images` and `checkpoints`: every arm examined, the timelines arm on its way too."""
-    questions, rows = exam(reader, params, seed), images(reader, params, seed)
+    questions = exam(reader, params, seed)
+    shown = Shown(images(reader, params, seed), films(reader, params, seed))
     tables: dict[str, list[dict[str, Any]]] = {"answers": [], "images": [], "checkpoints": []}
 
     def note(arm: str, examined: Reader) -> list[dict[str, Any]]:
@@ -767,8 +794,8 @@ def run_arms(reader: Reader, params: Params, seed: int) -> dict[str, list[dict[s
 
     stops = {round(params.steps * share) for share in np.linspace(0, 1, params.checkpoints + 1)}
     look(0, note("none", reader))
-    for arm in ARMS:
-        tuned = learn(arm, reader, rows, params, seed, on_the_way if arm == "timelines" else None)
+    for arm in (*ARMS, CEILING):
+        tuned = learn(arm, reader, shown, params, seed, on_the_way if arm == "timelines" else None)
         marks = note(arm, tuned)
         if arm == "timelines":
             look(params.steps, marks)
