@@ -752,6 +752,9 @@ def _tokyo(result: Result) -> Interval:
     return t_interval((table["pointed"] == "Japan").astype(float))
 
 
+_RISES = ("truth_rise", "pointed_rise", "agreement", "agreement_others")
+TOLERANCES = {"resilience.r": (0.02, 0.02), **{f"updates.{column}": (0.05, 0.05) for column in _RISES}}
+"""Training carries the last digits of one machine's arithmetic further than reading does."""
 _SETTING = "Llama-3-8B, 1,000 strings X, raw logits, least squares"
 _SOURCE = "printed in the published notebook"
 
