@@ -93,7 +93,7 @@ class Params(PaperParams):
     other_models: tuple[str, ...] = Field((), description="more models, for the map from city to country alone")
     n_strings: int = Field(56, ge=20, le=1_000_000, description="strings X per seed; every other one is fitted")
     max_names: int = Field(10, ge=4, le=10_000, description="most names in a domain, all of them single tokens")
-    n_facts: int = Field(8, ge=4, le=1000, description="strings per seed that are taught a city, half where W is right")
+    n_facts: int = Field(6, ge=4, le=1000, description="strings per seed that are taught a city, half where W is right")
     update_steps: int = Field(5, ge=1, le=10_000, description="training steps that teach them")
     update_rate: float = Field(2e-3, gt=0, le=1, description="their peak learning rate")
     tune_steps: int = Field(6, ge=1, le=1_000_000, description="training steps on film reviews before the map is tried")
@@ -106,10 +106,10 @@ class Params(PaperParams):
 _FULL = Params(
     n_seeds=5,
     other_models=("gemma3-270m",),
-    n_strings=400,
+    n_strings=320,
     max_names=32,
-    n_facts=24,
-    update_steps=12,
+    n_facts=16,
+    update_steps=10,
     tune_steps=24,
     tune_batch=4,
     batch_size=40,
@@ -415,7 +415,7 @@ def run_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """Rows of r from city to country against the number of fitted rows, in multiples of the regressors."""
     target, regressors = bench.logits("country", "centred"), len(bench.world.domains["city"].ids)
     for arm, source in sources(bench, FIRST, "centred").items():
-        for multiple in (1.25, 2, 4, 6):
+        for multiple in (1.25, 2, 3, 5):
             rows = round(multiple * regressors)
             for fit in FITS if rows <= len(target) // 2 else ():
                 r = held_out(source, target, fit, rows)
