@@ -14,7 +14,7 @@ Glossary (symbol → name here → shape)
 
 Deviations
     - Llama-3-8B and 1,000 X there, 10,000 in the paper's text; SmolLM2-135M-Instruct and Gemma 3 270M here, with fewer
-      X but at most 32 names a domain, so that fitted rows outnumber regressors many times (500 against 242 there).
+      X but at most 24 names a domain, so that fitted rows outnumber regressors many times (500 against 242 there).
     - A name counts only if all of it is one token; the published code also takes a whole first word ("New").
     - The text speaks of log-probabilities, the code takes raw logits. Here raw logits, log-probabilities and logits
       centred over the domain all run; a common offset of all tokens, which raw logits share, is gone in the last.
@@ -106,8 +106,8 @@ class Params(PaperParams):
 _FULL = Params(
     n_seeds=5,
     other_models=("gemma3-270m",),
-    n_strings=320,
-    max_names=32,
+    n_strings=256,
+    max_names=24,
     n_facts=16,
     update_steps=10,
     tune_steps=24,
