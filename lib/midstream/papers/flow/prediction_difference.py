@@ -261,6 +261,11 @@ class World:
         """D of every input."""
         return self.z_a - self.z_b
 
+    @cached_property
+    def difference_edges(self) -> np.ndarray:
+        """Edges of the bins of D, which hold both spaces."""
+        return even_edges(self.difference[inside(self.z_a, self.edges) | inside(self.z_b, self.edges)])
+
 
 def inside(nll: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Which inputs lie in the space between the first and the last edge."""
@@ -301,7 +306,7 @@ def drawn_from(model: Any, own: np.ndarray, params: Params, seed: int, count: in
 
 def convergence_rows(world: World, params: Params, seed: int) -> Iterator[dict[str, Any]]:
     """Estimates from n inputs against the enumeration: TV of ρ_{A→B}, errors of |X_A| and |X_A ∩ X_B|, ESS."""
-    edges = even_edges(world.difference)
+    edges = world.difference_edges
     exact, real = truth(world, edges), inside(world.z_a, world.edges)
     common = real & inside(world.z_b, world.edges)
     largest = params.sample_sizes[-1]
@@ -327,7 +332,7 @@ def convergence_rows(world: World, params: Params, seed: int) -> Iterator[dict[s
 
 def curve_rows(world: World, params: Params, seed: int) -> Iterator[dict[str, Any]]:
     """Both views, true and estimated from the largest n: ln ρ(D) in bins of D, under every rule."""
-    edges = even_edges(world.difference)
+    edges = world.difference_edges
     middle = (edges[1:] + edges[:-1]) / 2
     for view, model, own in (("A→B", world.a, world.z_a), ("B→A", world.b, world.z_b)):
         places = drawn_from(model, own, params, seed + 1000, params.sample_sizes[-1])
