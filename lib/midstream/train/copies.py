@@ -59,7 +59,12 @@ def small_llama(vocabulary: int, window: int) -> Any:
     """An untrained Llama of 2 layers of width 64."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }  # type: dict[str, Any]
     return LlamaForCausalLM(
         LlamaConfig(vocab_size=vocabulary, max_position_embeddings=window, tie_word_embeddings=True, **sizes)
     )
