@@ -11,13 +11,31 @@ import pytest
 
 from midstream import places, records, training
 from midstream.arena import PROJECTORS
-from midstream.book import arenas, checks, miniatures, shapes_world
+from midstream.book import arenas, checks, miniatures, pages, shapes_world
 from midstream.data import shapes
 from midstream.errors import MidstreamError
 from midstream.papers import papers
 from midstream.zoo.organisms import Data, Measured, OrganismCard, Point, Stage
 
 PAPER = papers()["label_words"]
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_a_part_counts_the_verdicts_of_its_chapters():
+    claims = [SimpleNamespace(direction=word) for word in ("holds", "fails", "holds")]
+    record = SimpleNamespace(claims=claims, preset="full", date="2026-11-21T10:00:00+00:00")
+    text = pages.verdicts(PAPER.part, {PAPER.id: record})
+    assert ">2 hold<" in text
+    assert ">1 fails<" in text
+    assert "unclear" not in text
+    assert f'href="../chapters/{PAPER.part}/{PAPER.id}.html#' in text
+
+
+def test_a_part_without_chapters_and_a_chapter_without_a_record_say_so():
+    assert pages.verdicts("signals", {PAPER.id: None}) == "No chapter yet."
+    assert "no current record" in pages.verdicts(PAPER.part, {PAPER.id: None})
 
 
 # ---------------------------------------------------------------- arenas

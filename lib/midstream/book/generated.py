@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from midstream import records
 from midstream.arena import ARENAS
 from midstream.book import arenas, pages, shapes_world
+from midstream.papers import parts
 
 FOLDER = "_generated"
 """Within the book; hand-written pages include what lies in it."""
@@ -22,6 +24,7 @@ def write(book: Path) -> None:
         "status": pages.status,
         "cards": pages.cards,
         "adding": pages.adding,
+        **{f"part-{part}": partial(pages.verdicts, part, shown) for part in parts()},
         **{f"shapes-{name}": make for name, make in shapes_world.FRAGMENTS.items()},
     }
     for name, make in fragments.items():

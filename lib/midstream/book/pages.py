@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import html
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,27 @@ def ledger_section(paper: Paper, record: Record | None) -> str:
     rows = [ledger_row(paper, claim) for claim in record.claims]
     columns = ("Claim", "Paper", "Ours, 95 % interval", "Direction", "Number")
     return head + run_line(record) + "\n\n" + table(columns, rows, "ledger stacked")
+
+
+def verdicts(part: str, shown: dict[str, Record | None]) -> str:
+    """For a part's introduction: one row a chapter, with its claims counted by verdict."""
+    rows = [verdict_row(papers()[id], record) for id, record in shown.items() if papers()[id].part == part]
+    return table(("Chapter", "Its claims here", "Recorded"), rows, "stacked") if rows else "No chapter yet."
+
+
+def verdict_row(paper: Paper, record: Record | None) -> list[str]:
+    """A chapter, its claims counted by verdict, and what they rest on."""
+    link = f'<a href="../{chapter_link(paper, claims_anchor(paper))}">{html.escape(paper.title)}</a>'
+    if record is None:
+        return [link, badge("none", "no current record"), ""]
+    found = Counter[str](claim.direction for claim in record.claims)
+    words = ((f"{found[word]} {word if found[word] == 1 else plural}", word) for word, plural in VERDICTS.items())
+    badges = " ".join(badge(word, text) for text, word in words if found[word])
+    return [link, badges, f"preset <code>{html.escape(record.preset or 'own')}</code>, {day(record)}"]
+
+
+VERDICTS = {"holds": "hold", "unclear": "unclear", "fails": "fail"}
+"""The words of a direction verdict, and each as it follows a number above one."""
 
 
 def claims_anchor(paper: Paper) -> str:
