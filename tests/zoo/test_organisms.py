@@ -216,6 +216,11 @@ def test_every_shipped_organism_is_at_most_4_mb_and_all_are_at_most_30() -> None
     assert sum(path.stat().st_size for path in organisms.WEIGHTS.rglob("*") if path.is_file()) <= 30_000_000
 
 
+def test_no_shipped_configuration_says_where_it_was_made() -> None:
+    for path in organisms.WEIGHTS.glob("*/*.json"):
+        assert '"_name_or_path": "/' not in path.read_text("utf-8"), path
+
+
 def test_every_file_of_an_organism_is_in_the_package() -> None:
     package = Path(organisms.__file__).parents[1]
     settings = tomllib.loads((package.parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]

@@ -232,6 +232,8 @@ def write_weights(folder: Path, trained: Trained) -> None:
     lost = [name for name, weight in half.named_parameters() if not weight.isfinite().all()]
     if lost:
         raise MidstreamError(f"{len(lost)} weights are not finite in half precision, first {lost[0]}.")
+    for config in (half.config, *(getattr(half.config, name) for name in getattr(half.config, "sub_configs", ()))):
+        config._name_or_path = ""  # where an ingredient lay on the machine of the training is nobody's business
     folder.mkdir(parents=True)
     with bars_only_on_a_terminal():
         half.save_pretrained(folder)
