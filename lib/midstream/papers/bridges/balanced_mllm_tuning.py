@@ -16,8 +16,8 @@ Glossary (symbol → name here → shape)
     λ          weight             weight of the auxiliary reward
 
 Deviations
-    - A miniature LLaVA of the shapes world stands for LLaVA-1.5, BLIP-2 and InternVL2. Its projector and one block of
-      its language model are drawn anew, so that both sides have something to learn within a few dozen steps.
+    - A miniature LLaVA of the shapes world stands for LLaVA-1.5, BLIP-2 and InternVL2. The matrices of both
+      its sides are disturbed by noise, so that both have something to learn within a few dozen steps.
     - Inferred: which divergence is the numerator (a side that learns faster must have the larger one, else the
       scheduler works backwards), and KL(new ‖ old); `divergence` takes the other direction, and every table has both.
     - Inferred: the scheduler, η_S ← η_S κ̄^γ and η_T ← η_T κ̄^−γ, which leaves their product as it is. `rule` says
@@ -32,7 +32,6 @@ Deviations
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -52,6 +51,7 @@ from midstream.data.shapes.scenes import Split
 from midstream.measure import Interval, paired_interval, t_interval
 from midstream.paper import PaperParams, Preset, Result
 from midstream.train import Schedule, visual_bench
+from midstream.train.copies import noised
 from midstream.train.llava import CachedTower, Turn, pack, tower_features
 from midstream.train.packing import IGNORED
 from midstream.train.sides import fit_sides, gradient_norm, put_back, snapshot
@@ -59,7 +59,6 @@ from midstream.train.sides import fit_sides, gradient_norm, put_back, snapshot
 # ---------------------------------------------------------------------------------------------- parameters
 
 EncoderSide = Literal["tower and projector", "projector"]
-Fresh = Literal["both sides", "encoder", "nothing"]
 Divergence = Literal["new from old", "old from new"]
 Rule = Literal["last rates", "first rates"]
 Reward = Literal["each side", "both together"]
@@ -71,9 +70,7 @@ class Params(PaperParams):
     model: str = Field("shapes-vlm", min_length=1, description="a LLaVA-type model: packaged, tiny:llava or Hub id")
     prompt: str = Field("{}", min_length=2, description="what is put around a question, which stands at {}")
     encoder_side: EncoderSide = Field("tower and projector", description="what counts as the encoder's side")
-    fresh: Fresh = Field(
-        "both sides", description="draw anew the projector, and a block of the language model, or none"
-    )
+    noise: float = Field(0.5, ge=0, le=10, description="noise on both sides' matrices, in their standard deviations")
     rank: int = Field(0, ge=0, le=1024, description="rank of LoRA's adapters on both sides; 0 tunes all weights")
     test_images: int = Field(32, ge=4, le=100_000, description="images of each exam, validation and test")
     steps: int = Field(12, ge=4, le=1_000_000, description="updates of every arm")
@@ -107,7 +104,7 @@ _PAPER = _FULL.model_copy(
     update={
         "model": "llava-hf/llava-1.5-7b-hf",
         "prompt": "\nUSER: {} ASSISTANT:",
-        "fresh": "nothing",
+        "noise": 0.0,
         "rank": 16,
         "test_images": 1000,
         "steps": 600,
@@ -188,30 +185,15 @@ def open_bench(loaded: Any, params: Params) -> Bench:
     return Bench(model, tower, words, params)
 
 
-@torch.no_grad()
-def draw_anew(part: nn.Module) -> None:
-    """New weights for the linear layers of a part: zero biases, matrices as large as the old ones."""
-    for layer in part.modules():
-        if isinstance(layer, nn.Linear):
-            layer.weight.normal_(0.0, float(layer.weight.std()))
-            if layer.bias is not None:
-                layer.bias.zero_()
-
-
 def student(bench: Bench, seed: int) -> tuple[Any, Weights]:
-    """A copy of the model as tuning begins, and both sides' parameters; all else is frozen."""
-    params, model = bench.params, copy.deepcopy(bench.model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if params.fresh != "nothing":
-            draw_anew(model.model.multi_modal_projector)
-        if params.fresh == "both sides":
-            blocks = model.model.language_model.layers
-            draw_anew(blocks[len(blocks) // 2])
-        if params.rank:
-            model = with_adapters(model, params.rank)
-        else:
-            model.requires_grad_(True)
+    """A disturbed copy of the model, as tuning begins, and both sides' parameters; all else is frozen."""
+    model = noised(bench.model, bench.params.noise, seed)
+    if bench.params.rank:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = with_adapters(model, bench.params.rank)
+    else:
+        model.requires_grad_(True)
     return model, sides_of(model)
 
 
