@@ -72,13 +72,13 @@ class Params(PaperParams):
     encoder_side: EncoderSide = Field("tower and projector", description="what counts as the encoder's side")
     noise: float = Field(0.5, ge=0, le=10, description="noise on both sides' matrices, in their standard deviations")
     rank: int = Field(0, ge=0, le=1024, description="rank of LoRA's adapters on both sides; 0 tunes all weights")
-    test_images: int = Field(32, ge=4, le=100_000, description="images of each exam, validation and test")
-    steps: int = Field(12, ge=4, le=1_000_000, description="updates of every arm")
-    batch_size: int = Field(8, ge=1, le=4096, description="images a step; none is seen twice")
-    rates: tuple[float, ...] = Field((1e-3,), min_length=1, description="√(η_S η_T) tried for every arm")
+    test_images: int = Field(8, ge=4, le=100_000, description="images of each exam, validation and test")
+    steps: int = Field(6, ge=4, le=1_000_000, description="updates of every arm")
+    batch_size: int = Field(2, ge=1, le=4096, description="images a step; none is seen twice")
+    rates: tuple[float, ...] = Field((1e-4,), min_length=1, description="√(η_S η_T) tried for every arm")
     ratios: tuple[float, ...] = Field((0.01, 1.0, 100.0), min_length=2, description="η_T / η_S of the constant arms")
     measure_every: int = Field(2, ge=1, le=10_000, description="steps from one measurement of κ to the next")
-    adjust_every: int = Field(4, ge=1, le=10_000, description="steps from one change of the rates to the next")
+    adjust_every: int = Field(2, ge=1, le=10_000, description="steps from one change of the rates to the next")
     smoothing: float = Field(
         0.5, ge=0, lt=1, description="share of the moving average that a new log κ leaves as it is"
     )
@@ -93,9 +93,10 @@ class Params(PaperParams):
 
 
 _FULL = Params(
-    test_images=96,
-    steps=48,
-    rates=(3e-4, 1e-3, 3e-3),
+    test_images=64,
+    steps=24,
+    batch_size=4,
+    rates=(3e-5, 1e-4, 3e-4),
     ratios=(0.01, 0.1, 1.0, 10.0, 100.0),
     weights=(0.3, 3.0),
     variants=True,
@@ -108,7 +109,6 @@ _PAPER = _FULL.model_copy(
         "rank": 16,
         "test_images": 1000,
         "steps": 600,
-        "batch_size": 32,
         "rates": (2e-5, 1e-4, 5e-4),
     }
 )
@@ -120,8 +120,8 @@ PRESETS: dict[str, Preset] = {
         _PAPER,
         "one of the paper's models with LoRA, on the shapes world",
         minutes=1500,
-        memory_gib=75,
-        needs="LLaVA-1.5-7B from the Hub and a GPU with 80 GiB",
+        memory_gib=130,
+        needs="LLaVA-1.5-7B from the Hub and a GPU with 141 GiB",
         gpus=1,
     ),
 }
@@ -521,10 +521,8 @@ class Case:
 def cases(params: Params, choice: Choice) -> list[Case]:
     """All runs of a seed."""
     low, high = min(params.ratios), max(params.ratios)
-    weight = choice.race[AUXILIARY][1]
-    sweep = [Arm(CONSTANT, start=ratio) for ratio in params.ratios]
+    sweep = [Arm(CONSTANT, start=ratio) for ratio in sorted({*params.ratios, choice.best})]
     sweep += [Arm(SCHEDULER, start=start, signal="balance") for start in sorted({low, choice.best, high})]
-    sweep += [Arm(AUXILIARY, start=start, signal="balance", weight=weight) for start in (low, high)]
     sweep += [Arm(CHANCE, start=start, signal="chance") for start in (low, high)]
     race = {arm.name: replace(arm, weight=choice.race[arm.name][1]) for arm in racers(params)}
     return [
@@ -618,7 +616,8 @@ def values(result: Result, case: str, arm: str, value: str, start: float = 1.0) 
 
 def ends(result: Result) -> tuple[float, float]:
     """The smallest and the largest ratio of the sweep."""
-    starts = result.tables["runs"]["start"]
+    runs = result.tables["runs"]
+    starts = runs.loc[runs["case"] == "sweep", "start"]
     return float(starts.min()), float(starts.max())
 
 
