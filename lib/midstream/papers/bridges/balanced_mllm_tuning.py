@@ -67,7 +67,7 @@ Reward = Literal["each side", "both together"]
 class Params(PaperParams):
     """Knobs of the experiment; the defaults are the `quick` preset."""
 
-    model: str = Field("shapes-vlm", min_length=1, description="a LLaVA-type model: packaged, tiny:llava or Hub id")
+    model: str = Field("shapes-vlm", min_length=1, description="a LLaVA-type model: packaged or Hub id")
     prompt: str = Field("{}", min_length=2, description="what is put around a question, which stands at {}")
     encoder_side: EncoderSide = Field("tower and projector", description="what counts as the encoder's side")
     noise: float = Field(0.5, ge=0, le=10, description="noise on both sides' matrices, in their standard deviations")
