@@ -220,13 +220,13 @@ def test_the_reward_is_the_change_since_a_step_ago_and_needs_no_label(
 ) -> None:
     rewarded = replace(bench, params=SMALL.model_copy(update={"reward": reward}))
     tuning = tuning_of(rewarded, paper.Arm("x", weight=0.5))
-    plain = float(tuning.loss(tuning.model, lesson.batches[0]))  # the first step has nothing to compare with
+    plain = float(tuning.loss(tuning.model, lesson.batches[0]).detach())  # the first step has nothing to compare with
     assert plain == tuning.losses[0]
     with torch.no_grad():
         for parameters in tuning.sides.values():
             for parameter in parameters:
                 parameter.mul_(1.05)
-    value = float(tuning.loss(tuning.model, lesson.batches[1]))
+    value = float(tuning.loss(tuning.model, lesson.batches[1]).detach())
     assert value < tuning.losses[1]
     former = snapshot([each for side in tuning.sides.values() for each in side])
     assert len(tuning._former(lesson.batches[1])) == terms
@@ -296,8 +296,7 @@ def test_weights_are_put_back_even_when_something_goes_wrong() -> None:
 
 def test_tuning_leaves_the_given_model_as_it_is(bench: paper.Bench, lesson: paper.Lesson) -> None:
     before = state(bench.model)
-    for arm in paper.racers(SMALL):
-        paper.tune(bench, arm, lesson, 1e-3)
+    paper.tune(bench, paper.Arm("x", signal="balance", weight=0.1), lesson, 1e-3)
     assert all(value.equal(before[name]) for name, value in bench.model.state_dict().items())
 
 
@@ -337,7 +336,8 @@ def test_every_other_reading_changes_one_choice() -> None:
         assert len(changed) == 1
 
 
-def test_the_experiment_fills_every_table_and_every_check_reads_it() -> None:
+def test_the_experiment_fills_every_table_and_every_check_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "load", lambda *_, **__: random_llava())
     params = paper.Params(
         test_images=4, steps=4, batch_size=2, ratios=(0.1, 1.0, 10.0), variants=True, n_seeds=1, adjust_every=2
     )
