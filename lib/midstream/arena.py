@@ -51,11 +51,13 @@ class Arena:
     name: str
     title: str
     size: Column
-    """What a method spends: the horizontal axis."""
+    """What a method spends: the horizontal axis, and one row of the table for each."""
     quality: tuple[Column, ...]
     """The first is the vertical axis; more is better."""
     costs: tuple[Column, ...]
     """Less is better."""
+    across: str = ""
+    """A quality to be the horizontal axis of the figure, in place of the size."""
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -82,7 +84,18 @@ PROJECTORS = Arena(
         Column("inference_ms", "Inference", "ms/image", "milliseconds from an image and a question to the answer"),
     ),
 )
-ARENAS = {arena.name: arena for arena in (PROJECTORS,)}
+TUNING = Arena(
+    name="tuning",
+    title="Tuning a model that sees",
+    size=Column("rate", "Peak rate", "", "largest learning rate; 0 before tuning", True),
+    quality=(
+        Column("old", "Old tasks", "%", "share of questions of the old tasks answered right, in percent", True),
+        Column("new", "New task", "%", "share of questions of the new task answered right, in percent", True),
+    ),
+    costs=(),
+    across="new",
+)
+ARENAS = {arena.name: arena for arena in (PROJECTORS, TUNING)}
 
 
 @dataclass(frozen=True)

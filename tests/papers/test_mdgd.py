@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 
 from midstream import zoo
+from midstream.arena import TUNING, standings
 from midstream.claims import direction
 from midstream.data import shapes
 from midstream.measure.spectrum import effective_rank, linear_cka
@@ -256,25 +257,44 @@ def test_every_other_reading_changes_one_choice() -> None:
         assert getattr(other, changed[0]) in other.name
 
 
-def test_the_rate_is_that_of_the_best_new_task_and_old_tasks_do_not_count() -> None:
+def test_the_rate_is_the_smallest_near_the_best_at_the_new_task_and_old_tasks_do_not_count() -> None:
     rows = [
-        {"arm": arm.name, "rate": rate, "new": new, "old": old}
+        {"arm": arm.name, "rate": rate, "seed": seed, "new": new + 0.1 * seed, "old": old}
         for arm in paper.arms(SMALL)
-        for rate, new, old in ((1e-4, 0.8, 0.9), (1e-3, 0.9, 0.1), (1e-2, 0.9, 0.95))
+        for seed in range(2)
+        for rate, new, old in ((1e-4, 0.6, 0.9), (1e-3, 0.79, 0.1), (1e-2, 0.8, 0.95))
     ]
-    assert set(paper.best_rates(SMALL, pd.DataFrame(rows)).values()) == {1e-3}
+    assert set(paper.best_rates(pd.DataFrame(rows), 0.02).values()) == {1e-3}
+    assert set(paper.best_rates(pd.DataFrame(rows), 0.0).values()) == {1e-2}
+
+
+def test_balanced_rates_move_projector_and_language_model_at_rates_of_their_own(
+    bench: paper.Bench, lesson: paper.Lesson
+) -> None:
+    arm = next(arm for arm in paper.arms(SMALL) if arm.balanced)
+    model, _ = paper.tune(bench, arm, lesson, 1e-3)
+    moved = {
+        part: max(
+            float((now - before).abs().max())
+            for (name, now), before in zip(model.named_parameters(), bench.model.parameters(), strict=True)
+            if part in name
+        )
+        for part in ("multi_modal_projector", "language_model")
+    }
+    assert all(moved.values())
 
 
 def test_the_experiment_fills_every_table_and_every_check_reads_it() -> None:
     params = SMALL.model_copy(update={"rates": (1e-3, 2e-3), "variants": True, "steps": 2, "n_seeds": 1})
     result = paper.experiment(params)
-    names = [arm.name for arm in (*paper.arms(params), *paper.other_readings(params))]
-    assert set(result.tables["answers"]["arm"]) == {"none", *names}
-    assert set(result.tables["cost"]["arm"]) == set(names)
-    assert len(result.tables["tuning"]) == 5 * 2 + 1
+    every, readings = [arm.name for arm in paper.arms(params)], [arm.name for arm in paper.other_readings(params)]
+    assert set(result.tables["answers"]["arm"]) == {"none", *every, *readings} == set(result.tables["chosen"]["arm"])
+    assert set(result.tables["cost"]["arm"]) == {*every, *readings}
+    assert len(result.tables["tuning"]) == 6 * 2 + 1 + 3
     for claim in paper.CLAIMS:
         assert claim.check(result)
     assert Result.from_dict(result.to_dict()).to_dict() == result.to_dict()
+    assert len(standings(TUNING, paper.arena_rows(result))) == 1 + 6 * 2 + 1
 
 
 # ---------------------------------------------------------------------------------------------------------- claims
@@ -288,6 +308,7 @@ def ideal() -> Result:
         paper.FULL: (0.9, 0.5, 15.0),
         paper.LORA: (0.88, 0.7, 17.0),
         paper.PENALTY: (0.88, 0.7, 18.0),
+        paper.BALANCED: (0.9, 0.6, 15.0),
         paper.MDGD: (0.9, 0.85, 19.5),
         paper.MASKED: (0.9, 0.84, 19.0),
         paper.RANDOM: (0.85, 0.75, 18.0),
@@ -295,13 +316,23 @@ def ideal() -> Result:
     answers, states = [], []
     for seed in range(4):
         for arm, (new, old, rank) in means.items():
-            known = {"arm": arm, "seed": seed}
+            known = {"arm": arm, "rate": 1e-3, "seed": seed}
             for type, value in ((paper.NEW, new), ("colour", old), ("shape", old)):
                 answers.append(known | {"type": type, "n": 100, "accuracy": value + 0.003 * rng.standard_normal()})
             for block in range(2):
                 erank = rank + 0.05 * rng.standard_normal()
                 states.append(known | {"block": block, "erank": erank, "cka": 0.9, "distance": 0.1})
-    return Result({"answers": pd.DataFrame(answers), "states": pd.DataFrame(states)})
+    chosen = pd.DataFrame({"arm": list(means), "rate": 1e-3})
+    return Result({"answers": pd.DataFrame(answers), "states": pd.DataFrame(states), "chosen": chosen})
+
+
+def test_at_equal_rates_only_rates_that_both_had_are_compared() -> None:
+    result = ideal()
+    answers = result.tables["answers"]
+    apart = answers.assign(rate=answers["arm"].map({paper.MDGD: 3e-4}).fillna(1e-3))
+    both = result.with_table("answers", pd.concat([answers, apart[apart["arm"] == paper.MDGD].assign(accuracy=1.0)]))
+    expected = paper.kept_at_equal_rates(result, paper.MDGD, paper.FULL)
+    assert paper.kept_at_equal_rates(both, paper.MDGD, paper.FULL) == expected
 
 
 @pytest.mark.parametrize("claim", paper.CLAIMS, ids=lambda claim: claim.id)
@@ -314,7 +345,8 @@ def test_each_check_holds_on_a_clear_effect_and_turns_red_on_its_control(claim) 
 @pytest.mark.parametrize("claim", paper.CLAIMS, ids=lambda claim: claim.id)
 def test_no_check_decides_on_a_single_seed(claim) -> None:
     result = ideal()
-    single = Result({name: table[table["seed"] == 0] for name, table in result.tables.items()}, result.scalars)
+    tables = {name: table[table["seed"] == 0] for name, table in result.tables.items() if "seed" in table}
+    single = Result({**result.tables, **tables}, result.scalars)
     assert direction(claim.check(single)) == "unclear"
 
 

@@ -167,7 +167,7 @@ def _panel(axis: Any, arena: Arena, column: Column, rows: Sequence[Row]) -> None
     methods = list(dict.fromkeys(row.standing.method for row in rows))
     for number, method in enumerate(methods):
         look = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
-        shift = 2 ** (0.5 * (number - (len(methods) - 1) / 2) / max(1, len(methods) - 1))
+        shift = 1.0 if arena.across else 2 ** (0.5 * (number - (len(methods) - 1) / 2) / max(1, len(methods) - 1))
         _series(axis, arena, column, [row for row in rows if row.standing.method == method], shift, look)
     _dress(axis, arena, column, rows)
 
@@ -177,23 +177,39 @@ def _series(axis: Any, arena: Arena, column: Column, rows: Sequence[Row], shift:
     measured = [(row, interval) for row in rows if (interval := row.standing.value(column))]
     if not measured:
         return
-    where = [_estimate(row, arena.size.name) * shift for row, _ in measured]
+    where = [_estimate(row, _across(arena).name) * shift for row, _ in measured]
     heights = [interval.estimate for _, interval in measured]
-    reach = [max(0.0, i.high - i.estimate) if math.isfinite(i.high) else 0.0 for _, i in measured]
+    reach = [_reach(interval) for _, interval in measured]
+    beside = [_reach(row.standing.values[arena.across]) for row, _ in measured] if arena.across else None
     stale = any(row.entry.stale for row, _ in measured)
     label = rows[0].standing.method + (" (stale)" if stale else "")
     filled = {"markerfacecolor": "white"} if stale else {}
-    axis.errorbar(where, heights, yerr=reach, ms=7, lw=1.3, capsize=3, alpha=0.9, label=label, **look, **filled)
+    axis.errorbar(
+        where, heights, yerr=reach, xerr=beside, ms=7, lw=1.3, capsize=3, alpha=0.9, label=label, **look, **filled
+    )
+
+
+def _reach(interval: Interval) -> float:
+    """How far an interval reaches to either side; 0 where it has no end."""
+    return max(0.0, interval.high - interval.estimate) if math.isfinite(interval.high) else 0.0
+
+
+def _across(arena: Arena) -> Column:
+    """The horizontal axis."""
+    return next((column for column in arena.quality if column.name == arena.across), arena.size)
 
 
 def _dress(axis: Any, arena: Arena, column: Column, rows: Sequence[Row]) -> None:
+    axis.set_title(column.label)
+    if arena.across:
+        axis.set(xlabel=f"{_across(arena).label.lower()} (%)", ylabel=f"{column.label.lower()} ({column.unit})")
+        return
     sizes = sorted({round(_estimate(row, arena.size.name), 1) for row in rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
     axis.minorticks_off()
     axis.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
     axis.set(xlabel=arena.size.label.lower(), ylabel=f"{column.label.lower()} ({column.unit})")
-    axis.set_title(column.label)
     if column in arena.costs:
         axis.set_ylim(bottom=0)
 
@@ -208,7 +224,7 @@ def alt_text(arena: Arena, rows: Sequence[Row]) -> str:
         sentences.append(f"At {size:g} {arena.size.label.lower()}: {words}.")
     costs = [f"{column.label.lower()} ({column.unit})" for column in _costs(arena, rows)]
     below = f" Below it {' and '.join(costs)} against the same axis." if costs else ""
-    return f"{best.label} ({best.unit}) against {arena.size.label.lower()}. {' '.join(sentences)}{below}"
+    return f"{best.label} ({best.unit}) against {_across(arena).label.lower()}. {' '.join(sentences)}{below}"
 
 
 def _estimate(row: Row, name: str) -> float:

@@ -21,7 +21,11 @@ Deviations
       with both scaled to mean 1 in a tensor, added up over a few batches on a model that took the first steps of
       direct tuning. It has a random mask of the same size as its control.
     - At the first step the tuned model is the frozen one and h = 0: nothing is taken out.
-    - Added as a baseline: direct tuning with the distance as a penalty. Model Tailor is left out.
+    - Added as baselines: direct tuning with the distance as a penalty, and learning rates of projector and language
+      model that CoMMIT balances, in float32. Model Tailor is left out.
+    - Every arm is tuned at every rate on every seed. An arm's own rate is the smallest that comes within `tolerance` of
+      the best at the new task on validation images (where several teach it as well, the choice among them would be a
+      matter of chance, and a smaller rate alone forgets less); arms are also compared at equal rates.
     - AdamW rescales g̃, so that the update is no longer orthogonal to h; how far is measured and shown.
     - The tower is frozen and its features are computed once; projector and language model are tuned, or adapters
       (LoRA) in both.
@@ -49,8 +53,10 @@ from midstream.data.shapes.scenes import Split
 from midstream.measure import Interval, paired_interval
 from midstream.measure.spectrum import effective_rank, linear_cka
 from midstream.paper import PaperParams, Preset, Result
+from midstream.papers.bridges import balanced_mllm_tuning as commit
 from midstream.train import Schedule, fit
 from midstream.train.llava import CachedTower, Turn, ask, by_length, exact_answers, pack, tower_features
+from midstream.train.sides import fit_sides
 from midstream.train.surgery import Gradients, cosine, gradients, with_gradients, without
 
 # ---------------------------------------------------------------------------------------------- parameters
@@ -73,6 +79,9 @@ class Params(PaperParams):
     batch_size: int = Field(8, ge=1, le=4096, description="images a step")
     rates: Rates = Field((1e-3,), min_length=1, description="AdamW's peak rates tried for each arm but LoRA")
     lora_rates: Rates = Field((3e-3,), min_length=1, description="those tried for LoRA")
+    tolerance: float = Field(
+        0.02, ge=0, lt=1, description="how far from the best rate's accuracy a smaller rate counts"
+    )
     rank: int = Field(8, ge=1, le=1024, description="rank of LoRA's adapters")
     penalty: float = Field(1.0, gt=0, le=1e6, description="weight of the distance in the arm with a penalty")
     keep: float = Field(0.1, gt=0, lt=1, description="share of each tensor's entries that masked arms update")
@@ -266,17 +275,20 @@ class Arm:
     mask: Literal["none", "gradients", "random"] = "none"
     penalty: float = 0.0
     adapters: bool = False
+    balanced: bool = False
     where: Where = "all blocks"
     scope: Scope = "all parameters"
     when: When = "always"
 
 
 FULL, LORA, PENALTY, MDGD, MASKED, RANDOM = "full", "LoRA", "penalty", "MDGD", "MDGD-GM", "random mask"
+BALANCED = "balanced"
 NAMES = {
     "none": "before tuning",
     FULL: "direct tuning",
     LORA: "LoRA",
     PENALTY: "direct, with a penalty",
+    BALANCED: "balanced rates (CoMMIT)",
     MDGD: "MDGD",
     MASKED: "MDGD-GM",
     RANDOM: "random mask",
@@ -291,6 +303,7 @@ def arms(params: Params) -> list[Arm]:
         Arm(FULL),
         Arm(LORA, adapters=True),
         Arm(PENALTY, penalty=params.penalty, where=params.drift_at),
+        Arm(BALANCED, balanced=True),
         chosen,
         replace(chosen, name=MASKED, mask="gradients"),
         replace(chosen, name=RANDOM, mask="random"),
@@ -448,6 +461,8 @@ class Lesson:
 
 def tune(bench: Bench, arm: Arm, lesson: Lesson, rate: float) -> tuple[Any, Tuning]:
     """A copy of the model tuned by an arm; the bench's own stays as it is."""
+    if arm.balanced:
+        return tune_balanced(bench, arm, lesson, rate)
     params = bench.params
     mask = choose_mask(bench, arm, lesson, rate) if arm.mask != "none" else None
     torch.manual_seed(lesson.seed)
@@ -458,6 +473,20 @@ def tune(bench: Bench, arm: Arm, lesson: Lesson, rate: float) -> tuple[Any, Tuni
     schedule = Schedule(lesson.steps, rate, warmup=0.1, weight_decay=0.0)
     fit(model, batches, tuning.loss, schedule, precision=params.precision, after_step=tuning.watch())
     return (model.merge_and_unload() if arm.adapters else model), tuning
+
+
+def tune_balanced(bench: Bench, arm: Arm, lesson: Lesson, rate: float) -> tuple[Any, Tuning]:
+    """The same by CoMMIT with its chapter's own settings: κ steers the rates of projector and language model."""
+    model = copy.deepcopy(bench.model)
+    tuning = Tuning(bench, arm, trainable(model))
+    sides = commit.sides_of(model)
+    settings = commit.Params(steps=max(4, lesson.steps))
+    steered = commit.Tuning(model, sides, commit.Arm(BALANCED, signal="balance"), settings, rate, lesson.seed)
+    rows = feed(bench, lesson.images, lesson.kept, lesson.seed, bench.params.batch_size)
+    batches = ({name: part for name, part in batch.items() if name != "kept"} for batch in rows)
+    schedule = Schedule(lesson.steps, warmup=0.1)
+    fit_sides(model, sides, batches, steered.loss, schedule, steered.now, after_step=steered.after_step)
+    return model, tuning
 
 
 # ------------------------------------------------------------------------------------------------- the experiment
@@ -526,21 +555,8 @@ def lesson_of(bench: Bench, seed: int) -> Lesson:
     return Lesson(images, states_of(bench, bench.model, images.features), seed, bench.params.steps)
 
 
-_SEEDS = {"train": 2000, "val": 2900, "tune": 2901}
+_SEEDS = {"train": 2000, "val": 2900}
 """Added to a run's seed, these give scenes that the model was not trained on."""
-
-
-def try_rates(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Rows of each arm and rate: accuracy on the new task and on the old ones, on validation images."""
-    params = bench.params
-    exam = exam_of(bench, params.val_images, params.seed + _SEEDS["val"], "train")
-    lesson = lesson_of(bench, params.seed + _SEEDS["tune"])
-    for arm in arms(params):
-        for rate in params.lora_rates if arm.adapters else params.rates:
-            model, _ = tune(bench, arm, lesson, rate)
-            marks = pd.DataFrame(list(examine(bench, model, exam)))
-            new, old = (share(marks[(marks["type"] == NEW) == is_new]) for is_new in (True, False))
-            yield {"arm": arm.name, "rate": rate, "new": new, "old": old}
 
 
 def share(marks: pd.DataFrame) -> float:
@@ -548,40 +564,72 @@ def share(marks: pd.DataFrame) -> float:
     return float((marks["accuracy"] * marks["n"]).sum() / marks["n"].sum()) if len(marks) else math.nan
 
 
-def best_rates(params: Params, tried: pd.DataFrame) -> dict[str, float]:
-    """For each arm the rate that is best at the new task on validation images; the smallest of equals.
+def rates_of(params: Params, arm: Arm) -> Rates:
+    """The rates tried for an arm."""
+    return params.lora_rates if arm.adapters else params.rates
+
+
+def best_rates(tried: pd.DataFrame, tolerance: float) -> dict[str, float]:
+    """For each arm the smallest rate within `tolerance` of its best at the new task, mean over seeds, on validation.
 
     What becomes of the old tasks is not looked at: nobody who tunes has them.
     """
-    if tried.empty:
-        return {arm.name: (params.lora_rates if arm.adapters else params.rates)[0] for arm in arms(params)}
-    ordered = tried.sort_values(["new", "rate"], ascending=[False, True]).drop_duplicates("arm")
-    return dict(zip(ordered["arm"], ordered["rate"], strict=True))
+    means = tried.groupby(["arm", "rate"])["new"].mean().reset_index()
+    best = means.groupby("arm")["new"].transform("max")
+    near = means[means["new"] >= best - tolerance].groupby("arm")["rate"].min()
+    return {str(arm): float(rate) for arm, rate in near.items()}
+
+
+@dataclass
+class Trial:
+    """All that one seed's arms learn from and are examined on, and what was found."""
+
+    bench: Bench
+    seed: int
+    rows: dict[str, list[dict[str, Any]]]
+
+    def __post_init__(self) -> None:
+        params, seed = self.bench.params, self.seed
+        self.lesson = lesson_of(self.bench, seed)
+        self.exam = exam_of(self.bench, params.test_images, seed, "test")
+        self.validation = self.bench.images(params.val_images, seed + _SEEDS["val"], "train", new_questions)
+
+    def before(self) -> None:
+        """Examines the model before tuning."""
+        self._examine(self.bench.model, {"arm": "none", "rate": 0.0, "seed": self.seed})
+
+    def run(self, arm: Arm, rate: float) -> None:
+        """Tunes by an arm at a rate, and examines what comes of it."""
+        model, tuning = tune(self.bench, arm, self.lesson, rate)
+        known = {"arm": arm.name, "rate": rate, "seed": self.seed}
+        new = float(right(self.bench, model, self.validation)["right"].mean())
+        self.rows["tuning"].append(known | {"new": new})
+        self.rows["cost"].append(known | _cost(tuning))
+        self._examine(model, known)
+
+    def _examine(self, model: Any, known: dict[str, Any]) -> None:
+        self.rows["answers"] += [known | row for row in examine(self.bench, model, self.exam)]
+        self.rows["states"] += [known | row for row in look_inside(self.bench, model, self.exam)]
 
 
 def experiment(params: Params) -> Result:
-    """Chooses rates, then tunes and examines every arm on every seed; tables have a row an arm, seed and part."""
+    """Tunes and examines every arm at every rate on every seed, then the other readings at the rate of MDGD."""
     bench = open_bench(zoo.load(params.model, device="auto", dtype="float32"), params)
-    several = max(len(params.rates), len(params.lora_rates)) > 1
-    tried = pd.DataFrame(list(try_rates(bench)) if several else [], columns=["arm", "rate", "new", "old"])
-    rates = best_rates(params, tried)
-    rows: dict[str, list[dict[str, Any]]] = {"answers": [], "states": [], "cost": []}
-    readings = other_readings(params) if params.variants else []
-    for seed in params.seeds:
-        exam, lesson = exam_of(bench, params.test_images, seed, "test"), lesson_of(bench, seed)
-        _note(rows, bench, bench.model, exam, {"arm": "none", "seed": seed})
-        for arm in (*arms(params), *readings):
-            rate = rates.get(arm.name, rates[MDGD])
-            model, tuning = tune(bench, arm, lesson, rate)
-            known = {"arm": arm.name, "seed": seed}
-            _note(rows, bench, model, exam, known)
-            rows["cost"].append(known | {"rate": rate, **_cost(tuning)})
-    return Result({**{name: pd.DataFrame(found) for name, found in rows.items()}, "tuning": tried})
-
-
-def _note(rows: dict[str, list[dict[str, Any]]], bench: Bench, model: Any, exam: Exam, known: dict[str, Any]) -> None:
-    rows["answers"] += [known | row for row in examine(bench, model, exam)]
-    rows["states"] += [known | row for row in look_inside(bench, model, exam)]
+    rows: dict[str, list[dict[str, Any]]] = {"answers": [], "states": [], "cost": [], "tuning": []}
+    trials = [Trial(bench, seed, rows) for seed in params.seeds]
+    for trial in trials:
+        trial.before()
+        for arm in arms(params):
+            for rate in rates_of(params, arm):
+                trial.run(arm, rate)
+    chosen = best_rates(pd.DataFrame(rows["tuning"]), params.tolerance)
+    for reading in other_readings(params) if params.variants else []:
+        chosen[reading.name] = chosen[MDGD]
+        for trial in trials:
+            trial.run(reading, chosen[MDGD])
+    tables = {name: pd.DataFrame(found) for name, found in rows.items()}
+    tables["chosen"] = pd.DataFrame([{"arm": arm, "rate": rate} for arm, rate in {"none": 0.0, **chosen}.items()])
+    return Result(tables, {"steps": params.steps, "batch_size": params.batch_size})
 
 
 def _cost(tuning: Tuning) -> dict[str, float]:
@@ -596,22 +644,40 @@ def _cost(tuning: Tuning) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------- the claims
 
 
-def accuracy_of(result: Result, arm: str, *, new: bool) -> pd.Series:
-    """Accuracy (seeds,) of an arm on the new task, or over all questions of the old ones."""
+def rate_of(result: Result, arm: str) -> float:
+    """The rate chosen for an arm."""
+    chosen = result.tables["chosen"]
+    return float(chosen.loc[chosen["arm"] == arm, "rate"].iloc[0])
+
+
+def accuracy_of(result: Result, arm: str, *, new: bool, rate: float | None = None) -> pd.Series:
+    """Accuracy (seeds,) on the new task, or over all questions of the old ones, at a rate or at the arm's own."""
     table = result.tables["answers"]
-    table = table[(table["arm"] == arm) & ((table["type"] == NEW) == new)]
-    return table.groupby("seed")[["accuracy", "n"]].apply(share)
+    wanted = (table["arm"] == arm) & (table["rate"] == (rate_of(result, arm) if rate is None else rate))
+    return table[wanted & ((table["type"] == NEW) == new)].groupby("seed")[["accuracy", "n"]].apply(share)
 
 
 def inside(result: Result, arm: str, value: str) -> pd.Series:
-    """A measure of an arm's visual states (seeds,), mean over blocks."""
+    """A measure of an arm's visual states (seeds,) at its own rate, mean over blocks."""
     table = result.tables["states"]
-    return table[table["arm"] == arm].groupby("seed")[value].mean()
+    wanted = (table["arm"] == arm) & (table["rate"] == rate_of(result, arm))
+    return table[wanted].groupby("seed")[value].mean()
 
 
 def lead(result: Result, arm: str, other: str, *, new: bool = False) -> Interval:
-    """Interval over seeds of one arm's accuracy minus another's."""
+    """Interval over seeds of one arm's accuracy minus another's, each at its own rate."""
     return paired_interval(accuracy_of(result, arm, new=new), accuracy_of(result, other, new=new))
+
+
+def kept_at_equal_rates(result: Result, arm: str, other: str) -> Comparison:
+    """One arm's accuracy on the old tasks minus another's at the same rate, mean over the rates that both had."""
+    answers = result.tables["answers"]
+    rates = sorted(set.intersection(*(set(answers.loc[answers["arm"] == name, "rate"]) for name in (arm, other))))
+    ours, theirs = (
+        pd.concat([accuracy_of(result, name, new=False, rate=rate) for rate in rates], axis=1).mean(axis=1)
+        for name in (arm, other)
+    )
+    return Comparison(f"old tasks, {NAMES[arm]} − {NAMES[other]}, rates equal", paired_interval(ours, theirs))
 
 
 def rank_lead(result: Result, arm: str, other: str) -> Interval:
@@ -637,6 +703,7 @@ def check_retention(result: Result) -> tuple[Comparison, ...]:
     """MDGD keeps more of the old tasks than each baseline, and is within 3 points of direct tuning on the new one."""
     return (
         *(Comparison(f"old tasks, MDGD − {NAMES[other]}", lead(result, MDGD, other)) for other in (FULL, LORA)),
+        kept_at_equal_rates(result, MDGD, FULL),
         Comparison("new task, MDGD − direct tuning", lead(result, MDGD, FULL, new=True), threshold=-0.03),
     )
 
@@ -645,6 +712,7 @@ def check_masked(result: Result) -> tuple[Comparison, ...]:
     """MDGD-GM keeps more than direct tuning and than a random mask as large, and learns nearly as much."""
     return (
         Comparison("old tasks, MDGD-GM − direct tuning", lead(result, MASKED, FULL)),
+        kept_at_equal_rates(result, MASKED, FULL),
         Comparison("old tasks, MDGD-GM − random mask", lead(result, MASKED, RANDOM)),
         Comparison("new task, MDGD-GM − direct tuning", lead(result, MASKED, FULL, new=True), threshold=-0.03),
     )
@@ -652,12 +720,15 @@ def check_masked(result: Result) -> tuple[Comparison, ...]:
 
 def check_penalty(result: Result) -> tuple[Comparison, ...]:
     """A penalty on the distance, which needs no projection, keeps less of the old tasks than MDGD."""
-    return (Comparison("old tasks, MDGD − direct tuning with a penalty", lead(result, MDGD, PENALTY)),)
+    return (
+        Comparison("old tasks, MDGD − direct tuning with a penalty", lead(result, MDGD, PENALTY)),
+        kept_at_equal_rates(result, MDGD, PENALTY),
+    )
 
 
 def _swap(one: str, other: str) -> Callable[[Result], Result]:
     def apply(result: Result) -> Result:
-        for name in ("answers", "states"):
+        for name in ("answers", "states", "chosen"):
             table = result.tables[name]
             result = result.with_table(name, table.assign(arm=table["arm"].replace({one: other, other: one})))
         return result
@@ -708,3 +779,23 @@ CLAIMS: list[Claim] = [
         reported="no such baseline is known to us",
     ),
 ]
+
+
+# ------------------------------------------------------------------------------------------------------ the arena
+
+
+def arena_rows(result: Result) -> pd.DataFrame:
+    """One row an arm, rate and seed: both accuracies in percent."""
+    keys, answers = ["arm", "rate", "seed"], result.tables["answers"]
+    new, old = (
+        answers[(answers["type"] == NEW) == is_new].groupby(keys)[["accuracy", "n"]].apply(share).mul(100)
+        for is_new in (True, False)
+    )
+    table = pd.DataFrame({"new": new, "old": old}).reset_index()
+    table = table[table["arm"].isin(NAMES)]
+    steps, images = result.scalars["steps"], result.scalars["batch_size"]
+    setting = f"Questions about textures and sizes, {steps:g} updates of {images:g} images"
+    return table.assign(method=table["arm"].map(NAMES), setting=setting)
+
+
+ARENA = {"tuning": arena_rows}
