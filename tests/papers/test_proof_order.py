@@ -14,7 +14,7 @@ from midstream import zoo
 from midstream.claims import direction
 from midstream.data import implications
 from midstream.data.implications import INTRO, Formula, Theorem, provable, prove
-from midstream.data.worked import Worked, missing_parents, multiplication
+from midstream.data.worked import Worked, loses_supervision, multiplication
 from midstream.paper import Result
 from midstream.papers.text import proof_order as paper
 
@@ -86,17 +86,24 @@ def test_an_order_that_misses_a_block_is_refused(worked: Worked) -> None:
 def test_sequential_and_equivalent_orders_keep_all_supervision_left_and_the_others_do_not(worked: Worked) -> None:
     for name in ORDERS:
         order = paper.order_of(worked, name, 0)
-        moved = [column for column in worked.columns if missing_parents(column, order)]
+        moved = [column for column in worked.columns if loses_supervision(column, order)]
         assert bool(moved) == (name not in ("sequential", "equivalent"))
         assert all(column.kind != "tag" for column in moved)
     products = multiplication(2, 1)
     assert paper.order_of(products, "equivalent", 0) != products.blocks
 
 
+def test_states_can_be_had_back_from_what_followed_so_reversed_proofs_lose_their_tactics_alone(
+    proofs: tuple[Worked, list[Theorem]],
+) -> None:
+    order = paper.order_of(proofs[0], "reversed", 0)
+    assert {column.block for column in proofs[0].columns if loses_supervision(column, order)} == {"T1", "T2", "T3"}
+
+
 def test_states_after_their_tactics_take_supervision_from_tactics_alone(proofs: tuple[Worked, list[Theorem]]) -> None:
     order = paper.order_of(proofs[0], "state after tactic", 0)
     assert order == ("T0", "T1", "S1", "T2", "S2", "T3", "S3")
-    assert {column.block for column in proofs[0].columns if missing_parents(column, order)} == {"T1", "T2", "T3"}
+    assert {column.block for column in proofs[0].columns if loses_supervision(column, order)} == {"T1", "T2", "T3"}
 
 
 # ------------------------------------------------------------------------------------------------------ the logic
@@ -219,9 +226,16 @@ def test_digits_that_lost_supervision_cannot_follow_from_what_is_left_and_the_ot
     worked = multiplication(2, 1)
     for name in ("answer first", "random", "reversed"):
         order = paper.order_of(worked, name, 0)
-        moved = {(c.block, c.kind): bool(missing_parents(c, order)) for c in worked.columns}
+        moved = {(c.block, c.kind): loses_supervision(c, order) for c in worked.columns}
         for row in bayes(worked, name).to_dict("records"):
             assert (row["one_step"] > 0.1) == moved[row["block"], row["kind"]]
+
+
+def test_a_digit_whose_copy_stands_left_is_supervised_by_it() -> None:
+    worked = multiplication(2, 1)
+    order = paper.order_of(worked, "reversed", 0)
+    moved = {f"{c.block} {c.kind}" for c in worked.columns if loses_supervision(c, order)}
+    assert moved == {"R result 0", "R result 1", "R result 2", "C1 carry"}
 
 
 def test_the_problem_determines_every_digit_in_every_order() -> None:

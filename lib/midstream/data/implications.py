@@ -168,7 +168,8 @@ def theorems(seed: int, steps: int, hypotheses: int, atoms: int) -> Iterator[tup
     all are shuffled; what the prover shows in fewer tactics is left out.
     """
     rng = random.Random(seed)
-    every, seen = formulas(atoms), set()
+    every = formulas(atoms)
+    seen = set[tuple[frozenset[Formula], Formula]]()
     while True:
         target, needed = _draw(rng, steps, "pqrstuvw"[:atoms])
         if len(needed) > hypotheses:
@@ -194,7 +195,7 @@ def _draw(rng: random.Random, steps: int, letters: str) -> tuple[Formula, list[F
             goals.append(Goal(goal.target[1], (*goal.introduced, goal.target[0])))
             continue
         spare = left - 1 - len(goals)  # tactics that new goals may take, one each at the least
-        rule = goal.target if spare == 0 else _rule(rng, goal, spare, letters)
+        rule: Formula = goal.target if spare == 0 else _rule(rng, goal, spare, letters)
         if rule not in goal.introduced and rule not in needed:
             needed.append(rule)
         goals += [Goal(premise, goal.introduced) for premise in reversed(premises_for(rule, goal.target))]
@@ -269,12 +270,16 @@ def _row(theorem: Theorem, tactics: Sequence[Tactic], states: Sequence[State], w
 
 
 def _columns(steps: int, width: int) -> tuple[Column, ...]:
-    """A tactic follows from the state it is applied to, a state from the one before and the tactic between."""
+    """A tactic follows from the state it is applied to, a state from the one before and the tactic between.
+
+    A state can also be had back from its tactic and the state after it, up to what a goal just closed had introduced.
+    """
     columns: list[Column] = []
     for i in range(steps):
         if i:
             before = (f"T{i - 1}",) if i == 1 else (f"S{i - 1}", f"T{i - 1}")
-            columns += [Column(f"S{i}", "tag"), *[Column(f"S{i}", "state", before)] * width]
+            after = (f"T{i}", f"S{i + 1}") if i + 1 < steps else (f"T{i}",)
+            columns += [Column(f"S{i}", "tag"), *[Column(f"S{i}", "state", before, after)] * width]
         columns.append(Column(f"T{i}", "tactic", (f"S{i}",) if i else ()))
     return tuple(columns)
 

@@ -1,8 +1,9 @@
 """Worked problems of fixed length: a problem, then the steps of its solution in blocks that can be put in any order.
 
 Every column of a corpus plays the same part in all rows, so an order of the blocks is one permutation of columns: the
-same tokens, the same length, and an inverse. Each column says which blocks it follows from in one step (its
-*supervision*); the problem itself, which always stands first, is not listed.
+same tokens, the same length, and an inverse. Each column says which blocks it follows from in one step, its
+*supervision*: those it is computed from, or, where the step can be undone, those that were computed from it. The
+problem itself, which always stands first, is not listed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class Column:
     kind: str
     """What the token is: `tag` for the name of its block, otherwise a word of the task's own."""
     parents: tuple[str, ...] = ()
-    """Blocks from which the token follows in one step; its own block's earlier tokens may help."""
+    """Blocks from which the token is computed in one step; its own block's earlier tokens may help."""
+    later: tuple[str, ...] = ()
+    """Blocks computed from it, with which the same step is undone; empty where it cannot be."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,12 @@ class Worked:
         return " ".join(self.vocabulary[token] for token in row.tolist())
 
 
-def missing_parents(column: Column, order: Sequence[str]) -> tuple[str, ...]:
-    """The blocks of a column's supervision that stand to its right in an order."""
+def loses_supervision(column: Column, order: Sequence[str]) -> bool:
+    """Whether, in an order, a column stands left of a block that it is computed from, and cannot be undone either."""
     own = order.index(column.block)
-    return tuple(parent for parent in column.parents if order.index(parent) > own)
+    computed = all(order.index(block) < own for block in column.parents)
+    undone = bool(column.later) and all(order.index(block) < own for block in column.later)
+    return not computed and not undone
 
 
 # ------------------------------------------------------------------------------------------------- multiplication
@@ -104,7 +109,7 @@ def multiplication(digits: int, by: int) -> Worked:
         columns.append(Column(tag, "tag"))
         tokens.append(constant(tag))
         for kind, value in values[tag]:
-            columns.append(Column(tag, kind, _supervision(tag, kind, pairs)))
+            columns.append(Column(tag, kind, *_supervision(tag, kind, pairs)))
             tokens.append(value)
     return Worked(torch.stack([*problem, *tokens], 1), len(problem), tuple(columns), vocabulary, (RESULT,))
 
@@ -131,13 +136,22 @@ def _steps(a: Tensor, b: Tensor, pairs: Sequence[tuple[int, int]], width: int) -
     return values
 
 
-def _supervision(tag: str, kind: str, pairs: Sequence[tuple[int, int]]) -> tuple[str, ...]:
-    """Blocks that a digit follows from in one step: column sums from products and a carry, results from sums."""
+def _supervision(tag: str, kind: str, pairs: Sequence[tuple[int, int]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a digit is computed from, and what it can be had back from.
+
+    Products come from the problem, a column's sum from products and the carry before it, results from sums. A digit
+    of a sum stands again in the result; a carry is what the next column's sum has beyond its products.
+    """
     if tag.startswith("P"):
-        return ()
+        return (), ()
     if tag == RESULT:
         place = int(kind.removeprefix("result "))
-        return (f"C{place}",) if place else ("P00",)
+        return ((f"C{place}",) if place else ("P00",)), ()
     place = int(tag.removeprefix("C"))
-    summed = tuple(f"P{i}{j}" for i, j in pairs if i + j in (place, place - 1))
-    return summed if place == 1 else (*summed, f"C{place - 1}")
+    parents = _summed(place, pairs) if place == 1 else (*_summed(place, pairs), f"C{place - 1}")
+    return parents, (RESULT,) if kind == "digit" else (*_summed(place + 1, pairs), f"C{place + 1}")
+
+
+def _summed(place: int, pairs: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """Products of which a digit goes into a column: units of their own place, tens of the one before."""
+    return tuple(f"P{i}{j}" for i, j in pairs if i + j in (place, place - 1))

@@ -6,12 +6,12 @@ Reference: An et al., "Next-Token Prediction Task Assumes Optimal Data Ordering 
 
 Glossary (the paper's words → name here → shape)
     proof step                      block               a tag and a few tokens: a partial product, a state, a tactic
-    intermediate supervision        parents             the blocks from which a token follows in one step
+    intermediate supervision        parents, later      the blocks from which a token follows in one step
     order of a sample               order               the names of its blocks, a permutation; the problem stands first
-    intuitively sequential          missing_parents()   empty for every column: all supervision stands to the left
+    intuitively sequential          loses_supervision() false for every column: all supervision stands to the left
     next-token loss                 solution_losses()   (rows, columns), in nats, of what follows the problem
     proof success rate              solved()            share of held-out problems: exact result, or checked proof
-    fitted as if unconditional      bayes_rows()        H(token | those of its parents that stand to its left), in nats
+    fitted as if unconditional      bayes_rows()        H(token | the part of its supervision to its left), in nats
 
 Deviations
     - The paper's orders, models and tables were not read: every order below is inferred from its abstract and from
@@ -42,7 +42,7 @@ from torch import Tensor
 from midstream.claims import Claim, Comparison, Control, PaperNumber
 from midstream.data import implications
 from midstream.data.implications import Theorem
-from midstream.data.worked import Worked, missing_parents, multiplication
+from midstream.data.worked import Worked, loses_supervision, multiplication
 from midstream.measure import Interval, auc, t_interval
 from midstream.paper import PaperParams, Preset, Result
 from midstream.train import Schedule, fit
@@ -73,7 +73,7 @@ class Params(PaperParams):
     permutation: int = Field(0, ge=0, le=2**31 - 1, description="seed of the one random order")
     width: int = Field(64, ge=16, le=8192, multiple_of=16, description="width of the residual stream")
     layers: int = Field(2, ge=1, le=64, description="layers of the Llama")
-    steps: int = Field(40, ge=4, le=1_000_000, description="training steps of every run")
+    steps: int = Field(32, ge=4, le=1_000_000, description="training steps of every run")
     batch_size: int = Field(32, ge=4, le=65_536, description="samples in a batch")
     rates: tuple[float, ...] = Field((0.02,), min_length=1, description="learning rates, chosen from for each order")
     n_validation: int = Field(20, ge=20, le=100_000, description="problems on which the rate is chosen")
@@ -89,7 +89,7 @@ class Params(PaperParams):
         return self
 
 
-_FULL = Params(theorems=4000, steps=200, batch_size=64, rates=(0.01, 0.03), n_validation=60, n_test=200)
+_FULL = Params(theorems=4000, steps=150, batch_size=64, rates=(0.01, 0.03), n_validation=60, n_test=200)
 _PAPER = Params(
     digits=3,
     by=3,
@@ -159,7 +159,7 @@ def last_ready_first(worked: Worked) -> tuple[str, ...]:
 def supervision_after(worked: Worked) -> tuple[str, ...]:
     """Every block of supervision that stands right before an answer stands right after it."""
     blocks = list(worked.blocks)
-    for i, (block, following) in enumerate(pairwise(blocks)):
+    for i, (block, following) in enumerate(pairwise(worked.blocks)):
         if block not in worked.answers and following in worked.answers:
             blocks[i : i + 2] = following, block
     return tuple(blocks)
@@ -185,16 +185,16 @@ def _entropy(rows: Tensor) -> float:
 def bayes_rows(worked: Worked, order: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The least loss of each column by enumeration, in nats, for three readers.
 
-    `one_step` sees the token's parents as far as they stand to its left, and the start of its own block (the problem
-    where it has no other parents); `steps_alone` sees all steps to the left but not the problem; who sees the problem
-    too has nothing left to guess where solutions are determined by it: `everything`.
+    `one_step` sees the token's supervision as far as it stands to its left, and the start of its own block (of the
+    problem nothing, except where the token is computed from it); `steps_alone` sees all steps to the left but not the
+    problem; who sees the problem too has nothing left to guess where it determines the solution: `everything`.
     """
     arrangement = worked.arrangement(order)
     rows, problem = worked.tokens[:, arrangement], worked.problem
     columns = [worked.columns[place - problem] for place in arrangement[problem:].tolist()]
     for place, column in enumerate(columns, start=problem):
         left = [at for at, other in enumerate(columns, start=problem) if at < place]
-        known = {column.block, *column.parents}
+        known = {column.block, *column.parents, *column.later}
         direct = [at for at in left if columns[at - problem].block in known]
         direct += [] if column.parents else list(range(problem))
         yield {
@@ -249,7 +249,7 @@ def _bench(task: str, worked: Worked, judge: Any, orders: Sequence[Order], param
     shuffled = torch.randperm(len(worked.tokens), generator=torch.Generator().manual_seed(params.seed))
     parts = [params.n_validation, params.n_test, len(shuffled) - params.n_validation - params.n_test]
     validation, test, train = shuffled.split(parts)
-    named = {order: order_of(worked, order, params.permutation) for order in orders}
+    named: dict[str, tuple[str, ...]] = {order: order_of(worked, order, params.permutation) for order in orders}
     return Bench(task, worked, judge, named, train, validation, test)
 
 
@@ -398,15 +398,13 @@ def choose_rates(runs: pd.DataFrame) -> pd.Series:
 
 
 def loss_rows(bench: Bench, name: str, losses: Tensor) -> Iterator[dict[str, Any]]:
-    """Losses by column, each with what of its supervision stands to its right in this order."""
+    """Losses by column, each with whether its supervision stands to its right in this order."""
     for place, (column, loss) in enumerate(zip(bench.worked.columns, losses.tolist(), strict=True)):
-        missing = missing_parents(column, bench.orders[name])
         yield {
             "column": place,
             "block": column.block,
             "kind": column.kind,
-            "moved": bool(missing),
-            "missing": " ".join(missing),
+            "moved": loses_supervision(column, bench.orders[name]),
             "loss": loss,
         }
 
