@@ -188,9 +188,14 @@ def test_proofs_are_the_shortest() -> None:
     assert prove(Theorem((), ("p", "p")), 5) == [INTRO, "p"]
 
 
-def test_no_theorem_comes_twice_in_another_order_of_its_hypotheses(proofs: tuple[Worked, list[Theorem]]) -> None:
-    seen = {(frozenset(theorem.hypotheses), theorem.target) for theorem in proofs[1]}
+def test_no_theorem_comes_twice_under_other_names_or_in_another_order(proofs: tuple[Worked, list[Theorem]]) -> None:
+    seen = {implications.up_to_names(theorem, "pqrst") for theorem in proofs[1]}
     assert len(seen) == len(proofs[1])
+    one = Theorem(("p", ("p", "q"), (("q", "r"), "s"), ("t", "q")), "q")
+    same = Theorem((("r", "s"), ("p", "s"), "r", (("s", "t"), "q")), "s")
+    other = Theorem((("r", "s"), ("r", "s"), "r", (("s", "t"), "q")), "s")
+    assert implications.up_to_names(one, "pqrst") == implications.up_to_names(same, "pqrst")
+    assert implications.up_to_names(one, "pqrst") != implications.up_to_names(other, "pqrst")
 
 
 def test_states_written_and_tactics_tell_the_next_state(proofs: tuple[Worked, list[Theorem]]) -> None:

@@ -162,14 +162,14 @@ def formulas(atoms: int) -> list[Formula]:
 
 
 def theorems(seed: int, steps: int, hypotheses: int, atoms: int) -> Iterator[tuple[Theorem, list[Tactic]]]:
-    """Endless theorems with their shortest proofs, of exactly `steps` tactics each; no two have the same hypotheses.
+    """Endless theorems with their shortest proofs, of exactly `steps` tactics each; no two differ in names alone.
 
     A proof is drawn backwards from the target, hypotheses that it needs are put in, others are added at random, and
     all are shuffled; what the prover shows in fewer tactics is left out.
     """
     rng = random.Random(seed)
     every = formulas(atoms)
-    seen = set[tuple[frozenset[Formula], Formula]]()
+    seen = set[tuple[str, ...]]()
     while True:
         target, needed = _draw(rng, steps, "pqrstuvw"[:atoms])
         if len(needed) > hypotheses:
@@ -179,10 +179,22 @@ def theorems(seed: int, steps: int, hypotheses: int, atoms: int) -> Iterator[tup
         rng.shuffle(known)
         theorem = Theorem(tuple(known), target)
         proof = prove(theorem, steps)
-        same = (frozenset(known), target)
+        same = up_to_names(theorem, "pqrstuvw"[:atoms])
         if proof is not None and len(proof) == steps and same not in seen:
             seen.add(same)
             yield theorem, proof
+
+
+def up_to_names(theorem: Theorem, letters: str) -> tuple[str, ...]:
+    """The hypotheses of a theorem about one atom, the same however atoms are named and hypotheses are ordered.
+
+    Of all ways to rename its atoms so that the target is the first letter, the one that comes first when sorted.
+    """
+    texts = [show(formula) for formula in theorem.hypotheses]
+    target = show(theorem.target)
+    others = [letter for letter in letters if letter != target]
+    renamings = (str.maketrans(dict(zip((target, *names), letters, strict=True))) for names in permutations(others))
+    return min(tuple(sorted(text.translate(renaming) for text in texts)) for renaming in renamings)
 
 
 def _draw(rng: random.Random, steps: int, letters: str) -> tuple[Formula, list[Formula]]:
