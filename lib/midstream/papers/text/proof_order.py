@@ -21,6 +21,8 @@ Deviations
       in the implicational fragment replace its problems. One token a formula.
     - Every column plays one part in all samples (states are filled up), so an order is one permutation of columns.
     - Proofs are the shortest that the prover finds, the first of several; any proof that the checker accepts counts.
+    - What counts as supervision is inferred too: the blocks that a token is computed from, or those with which the
+      same step can be undone, such as the copy of a digit in the result.
     - Added: `equivalent`, another order in which every step follows its supervision, as a negative control. The
       random order is one fixed permutation, drawn before any training.
     - The third claim, on theorems of a textbook, is about human proofs and is not attempted.
@@ -48,7 +50,7 @@ from midstream.paper import PaperParams, Preset, Result
 from midstream.train import Schedule, fit
 
 MARGIN = 0.1
-"""Nats within which the loss of a token counts as unmoved: a tenth of what a wrong guess among three would cost."""
+"""Nats by which a loss may rise and count as unmoved: about what 90 % instead of all certainty costs."""
 Order = Literal["sequential", "equivalent", "state after tactic", "answer first", "random", "reversed"]
 
 # ---------------------------------------------------------------------------------------------- parameters
