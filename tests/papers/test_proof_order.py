@@ -397,6 +397,13 @@ def test_each_check_holds_on_a_clear_effect_and_turns_red_on_its_control(claim) 
 
 
 @pytest.mark.parametrize("claim", paper.CLAIMS, ids=lambda claim: claim.id)
+def test_where_no_order_solves_anything_nothing_holds_about_what_is_solved(claim) -> None:
+    nothing = IDEAL.with_table("runs", IDEAL.tables["runs"].assign(success=0.0))
+    about_losses = claim.id.startswith("moved") or claim.id == "unconditional"
+    assert about_losses == (claim.direction(nothing) == "holds")
+
+
+@pytest.mark.parametrize("claim", paper.CLAIMS, ids=lambda claim: claim.id)
 def test_no_check_decides_on_a_single_seed(claim) -> None:
     tables = {name: table[table["seed"] == 0] if "seed" in table else table for name, table in IDEAL.tables.items()}
     assert direction(claim.check(Result(tables))) == "unclear"
