@@ -51,6 +51,8 @@ from midstream.train import Schedule, fit
 
 MARGIN = 0.1
 """Nats by which a loss may rise and count as unmoved: about what 90 % instead of all certainty costs."""
+SOLVED = 0.2
+"""A share solved that says something has been learned: one product in nine has a factor of zero."""
 Order = Literal["sequential", "equivalent", "state after tactic", "answer first", "random", "reversed"]
 
 # ---------------------------------------------------------------------------------------------- parameters
@@ -567,7 +569,7 @@ def check_reachable(result: Result) -> tuple[Comparison, ...]:
 def check_equivalent(result: Result) -> tuple[Comparison, ...]:
     """An order that moves blocks but no supervision solves at most 10 points fewer, and losses do not rise.
 
-    Sequentially more than a tenth is solved: otherwise there would be nothing to lose.
+    Sequentially more than `SOLVED` are right: otherwise there would be nothing to lose.
     """
     task = "multiplication"
     solved_less = difference(per_seed(result, task, "equivalent"), per_seed(result, task, "sequential"))
@@ -576,12 +578,12 @@ def check_equivalent(result: Result) -> tuple[Comparison, ...]:
     return (
         Comparison("solved, equivalent − sequential", solved_less, "above", -0.1),
         Comparison("rise of all digits, equivalent", t_interval(rise), "below", MARGIN, " nats"),
-        Comparison("solved, sequential", t_interval(per_seed(result, task, "sequential")), "above", 0.1),
+        Comparison("solved, sequential", t_interval(per_seed(result, task, "sequential")), "above", SOLVED),
     )
 
 
 def check_reversed(task: str) -> Callable[[Result], tuple[Comparison, ...]]:
-    """A random order is no worse than the reversed one, at most 5 points; sequentially, more than a tenth is solved.
+    """A random order is no worse than the reversed one, at most 5 points; sequentially, something is solved.
 
     The second part is what could be lost: where no order solves anything, none is worse than another.
     """
@@ -590,7 +592,7 @@ def check_reversed(task: str) -> Callable[[Result], tuple[Comparison, ...]]:
         random, backwards = (per_seed(result, task, order) for order in ("random", "reversed"))
         return (
             Comparison("solved, random − reversed", difference(random, backwards), "above", -0.05),
-            Comparison("solved, sequential", t_interval(per_seed(result, task, "sequential")), "above", 0.1),
+            Comparison("solved, sequential", t_interval(per_seed(result, task, "sequential")), "above", SOLVED),
         )
 
     return check
