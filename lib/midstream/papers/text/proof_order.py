@@ -93,7 +93,7 @@ class Params(PaperParams):
         return self
 
 
-_FULL = Params(theorems=4000, steps=150, batch_size=64, rates=(0.01, 0.03), n_validation=60, n_test=200)
+_FULL = Params(theorems=4000, steps=400, batch_size=64, rates=(0.01, 0.03), n_validation=60, n_test=200)
 _PAPER = Params(
     digits=3,
     by=3,
@@ -115,7 +115,7 @@ _PAPER = Params(
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(Params(), "short runs, three seeds: see the losses move", minutes=1, memory_gib=4),
-    "full": Preset(_FULL, "every order, two learning rates, three seeds: settle the claims", minutes=45, memory_gib=4),
+    "full": Preset(_FULL, "every order, two learning rates, three seeds: settle the claims", minutes=30, memory_gib=4),
     "paper": Preset(
         _PAPER,
         "3 × 3 digits and proofs of eight tactics with a Llama of 8 layers; the paper's own sizes were not read",
