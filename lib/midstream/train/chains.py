@@ -55,7 +55,7 @@ def _marked(tokenizer: Any, graph: Graph, prompt: str, chain: str, longest: int)
     ids = torch.tensor([*encoded["input_ids"], tokenizer.eos_token_id])
     names = [(a, b) for a, b in graph.mentions(text) if a >= len(prompt)]
     last = {text.count(".", len(prompt), a): (a, b) for a, b in names}  # by step
-    counted = [b > len(prompt) for _, b in spans]
+    counted = [b > len(prompt) and place > 0 for place, (_, b) in enumerate(spans)]  # nothing stands before the first
     entity, thing = (
         [any(a < end and start < b for start, end in found) for a, b in spans] for found in (names, last.values())
     )
@@ -92,9 +92,7 @@ def told_right(model: Any, texts: Logged, batch_size: int) -> Tensor:
 
 def likelihood_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Mean negative log-likelihood of the counted tokens; SFT's loss, and that of all training from scratch."""
-    counted = batch["counted"].clone()
-    counted[:, 0] = False  # nothing stands before the first token
-    return -token_log_probabilities(model, batch["ids"])[counted].mean()
+    return -token_log_probabilities(model, batch["ids"])[batch["counted"]].mean()
 
 
 def batches(size: int, seed: int, **columns: Tensor) -> Iterator[dict[str, Tensor]]:

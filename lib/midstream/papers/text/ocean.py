@@ -105,12 +105,12 @@ class Params(PaperParams):
 
 _FULL = Params(
     n_seeds=4,
-    people=160,
+    people=120,
     relations=8,
     width=96,
     documents=6000,
-    base_steps=250,
-    batch_size=48,
+    base_steps=200,
+    batch_size=40,
     logged=320,
     steps=20,
     learning_rates=(1e-3, 3e-3, 1e-2),
@@ -141,7 +141,7 @@ _PAPER = Params(
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(Params(), "a graph of 20 people, three seeds: see the method at work", minutes=1, memory_gib=4),
-    "full": Preset(_FULL, "160 people, 8 relations, four seeds: settle the claims", minutes=15, memory_gib=4),
+    "full": Preset(_FULL, "120 people, 8 relations, four seeds: settle the claims", minutes=15, memory_gib=4),
     "paper": Preset(
         _PAPER,
         "one of the paper's models on a generated graph, which it must first be taught; sizes are ours",
