@@ -90,13 +90,13 @@ class Params(PaperParams):
     width: int = Field(64, ge=16, le=8192, multiple_of=16, description="of the small Llama")
     layers: int = Field(2, ge=1, le=64, description="of the small Llama")
     documents: int = Field(1000, ge=10, le=10_000_000, description="texts that π_0, and μ_φ, are trained on")
-    base_steps: int = Field(100, ge=1, le=1_000_000, description="training steps of π_0, and of μ_φ")
+    base_steps: int = Field(200, ge=1, le=1_000_000, description="training steps of π_0, and of μ_φ")
     base_rate: float = Field(6e-3, gt=0, le=1, description="AdamW's peak in that training")
     muon: float = Field(2e-2, ge=0, le=1, description="Muon's peak in that training; 0 leaves all to AdamW")
     batch_size: int = Field(16, ge=1, le=65_536, description="texts in a batch")
     logged: int = Field(64, ge=2, le=1_000_000, description="logged chains (N)")
     steps: int = Field(10, ge=1, le=1_000_000, description="steps of every alignment")
-    learning_rates: tuple[float, ...] = Field((1e-3, 3e-3), min_length=1, description="tried for every arm")
+    learning_rates: tuple[float, ...] = Field((1e-3, 5e-3), min_length=1, description="tried for every arm")
     clip: float = Field(5.0, gt=0, le=1e6, description="largest ratio where ratios are clipped")
     questions: int = Field(40, ge=4, le=100_000, description="test questions; half as many for validation")
     reviews: int = Field(40, ge=2, le=100_000, description="unrelated texts")
@@ -105,16 +105,15 @@ class Params(PaperParams):
 
 _FULL = Params(
     n_seeds=4,
-    people=120,
+    people=80,
     relations=8,
-    width=96,
     documents=6000,
-    base_steps=200,
+    base_steps=300,
     batch_size=40,
-    logged=320,
+    logged=240,
     steps=20,
     learning_rates=(1e-3, 3e-3, 1e-2),
-    questions=200,
+    questions=120,
     reviews=200,
     draws=300_000,
 )
@@ -141,7 +140,7 @@ _PAPER = Params(
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(Params(), "a graph of 20 people, three seeds: see the method at work", minutes=1, memory_gib=4),
-    "full": Preset(_FULL, "120 people, 8 relations, four seeds: settle the claims", minutes=15, memory_gib=4),
+    "full": Preset(_FULL, "80 people, 8 relations, four seeds: settle the claims", minutes=15, memory_gib=4),
     "paper": Preset(
         _PAPER,
         "one of the paper's models on a generated graph, which it must first be taught; sizes are ours",
