@@ -44,8 +44,9 @@ def tokens_of(tokenizer: Any, graph: Graph, texts: Sequence[tuple[str, str]], lo
     A token is part of an entity where its characters overlap a name's; a step ends with its full stop.
     """
     rows = [_marked(tokenizer, graph, prompt, chain, longest) for prompt, chain in texts]
-    columns = [torch.nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*rows, strict=True)]
-    return Logged(columns[0], *(column.bool() for column in columns[1:4]), columns[4])
+    columns = (torch.nn.utils.rnn.pad_sequence(list(column), batch_first=True) for column in zip(*rows, strict=True))
+    ids, counted, entity, thing, step = columns
+    return Logged(ids, counted.bool(), entity.bool(), thing.bool(), step)
 
 
 def _marked(tokenizer: Any, graph: Graph, prompt: str, chain: str, longest: int) -> tuple[Tensor, ...]:

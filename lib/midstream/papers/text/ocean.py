@@ -522,7 +522,7 @@ def align(bench: Bench, reading: Reading | None, rate: float, params: Params, se
     restore(bench.model, bench.base)
     chains = bench.logged[reading.logging if reading else "graph"]
     columns = {"ids": chains.texts.ids, "counted": chains.texts.counted}
-    loss = likelihood_loss
+    loss: Callable[[Any, dict[str, Tensor]], Tensor] = likelihood_loss
     if reading:
         reward = REWARDS[reading.reward](chains.log_base, chains.texts)
         columns |= {"step": chains.texts.step, "reward": reward, "log_logging": chains.log_logging}
