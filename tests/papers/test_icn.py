@@ -1,6 +1,6 @@
 """Facts of in-context navigation, on several families of tiny models, and the checks of its claims."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ FORM = branching.Form("{number}. the ", "a\n", stop="a")
 
 
 @pytest.fixture(params=FAMILIES)
-def start(request: pytest.FixtureRequest) -> Iterator[branching.Explorer]:
+def start(request: pytest.FixtureRequest) -> branching.Explorer:
     """One prompt in front of a tiny model."""
     loaded = zoo.load(f"tiny:{request.param}")
     loaded.model.requires_grad_(False)
@@ -290,6 +290,12 @@ def test_no_check_decides_on_a_single_set(claim: str) -> None:
     tables = {n: t[t["category"] == "a"] if "category" in t else t for n, t in result.tables.items()}
     (check,) = (known.check for known in paper.CLAIMS if known.id == claim)
     assert direction(check(Result(tables, result.scalars))) == "unclear"
+
+
+def test_listed_and_unlisted_halves_have_the_same_mean_rank() -> None:
+    places = torch.arange(20)
+    listed = paper.alternating(places)
+    assert places[listed].float().mean() == places[~listed].float().mean() == 9.5
 
 
 def test_validation_sets_cannot_be_tested() -> None:

@@ -19,6 +19,7 @@ Deviations
     - Closed answer sets judge exactly, where the paper asks GPT-4o. An answer whose quote stays open counts as wrong.
     - Whether keys are normalised before k-means is not known to us: `keys` says which clusters decide the claim, and
       both are tabulated, beside clusters of the same sizes with their tokens shuffled.
+    - The question stands as plain text, without a chat template, also for an instruction-tuned model.
     - Listed are distinct answers with a closed quote; how repeats are listed is inferred. Special tokens are no
       candidates.
     - Added: the comparison at matched rank, the push at matched rank with a list of foreign answers, sampling with
@@ -28,6 +29,7 @@ Deviations
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,20 +67,20 @@ class Params(PaperParams):
     keys: Literal["raw", "normalised"] = Field("raw", description="keys whose clusters decide the claim")
     n_clusters: int = Field(128, ge=2, le=20_000, description="k-means clusters of the vocabulary's keys")
     main_top: int = Field(10, ge=1, le=1000, description="best tokens whose clusters are the main ones: K")
-    probe_top: int = Field(30, ge=12, le=5000, description="ranks of the initial query that are probed: N")
+    probe_top: int = Field(30, ge=21, le=5000, description="ranks of the initial query that are probed: N")
     n_candidates: int = Field(20, ge=2, le=5000, description="answers decoded by each way of finding answers")
-    per_round: int = Field(5, ge=1, le=1000, description="new first tokens between two updates of the list")
+    per_round: int = Field(10, ge=1, le=1000, description="new first tokens between two updates of the list")
     max_tokens: int = Field(8, ge=2, le=256, description="longest short answer, in tokens")
     temperatures: tuple[float, ...] = Field((0.7, 1.3), min_length=1, description="tried for sampling")
     top_ps: tuple[float, ...] = Field((0.9,), min_length=1, description="nucleus masses tried for sampling")
-    n_validation: int = Field(8, ge=2, le=5000, description="candidates and problems that tune sampling")
-    n_topics: int = Field(1, ge=1, le=8, description="topics of open generation per seed")
-    n_texts: int = Field(5, ge=2, le=1000, description="texts generated per topic and method")
-    text_tokens: int = Field(14, ge=4, le=512, description="longest open text, in tokens")
-    n_problems: int = Field(6, ge=2, le=10_000, description="word problems per seed")
-    largest: int = Field(12, ge=3, le=10_000, description="largest number in a word problem")
-    ways: int = Field(4, ge=2, le=64, description="reasoning paths that vote")
-    way_tokens: int = Field(24, ge=8, le=1024, description="longest reasoning path, in tokens")
+    n_validation: int = Field(4, ge=2, le=5000, description="candidates and problems that tune sampling")
+    n_topics: int = Field(1, ge=1, le=10, description="topics of open generation per seed")
+    n_texts: int = Field(4, ge=2, le=1000, description="texts generated per topic and method")
+    text_tokens: int = Field(12, ge=4, le=512, description="longest open text, in tokens")
+    n_problems: int = Field(4, ge=2, le=10_000, description="word problems per seed")
+    largest: int = Field(9, ge=3, le=10_000, description="largest number in a word problem")
+    ways: int = Field(3, ge=2, le=64, description="reasoning paths that vote")
+    way_tokens: int = Field(30, ge=8, le=1024, description="longest reasoning path, in tokens")
     batch_size: int = Field(128, ge=1, le=4096, description="rows decoded at once")
 
     @field_validator("categories")
@@ -93,20 +95,19 @@ class Params(PaperParams):
 
 _FULL = Params(
     n_seeds=5,
-    categories=("capitals", "countries", "elements", "colours", "states", "months", "keywords", "bible"),
+    categories=("capitals", "countries", "elements", "colours", "states", "keywords"),
     n_clusters=384,
     probe_top=100,
-    n_candidates=60,
-    per_round=10,
+    n_candidates=50,
     max_tokens=10,
-    temperatures=(0.5, 0.8, 1.1, 1.5),
+    temperatures=(0.5, 0.9, 1.3),
     top_ps=(0.9, 1.0),
-    n_validation=20,
+    n_validation=12,
     n_topics=3,
-    n_texts=12,
+    n_texts=10,
     text_tokens=20,
-    n_problems=16,
-    way_tokens=32,
+    n_problems=12,
+    ways=4,
 )
 _PAPER = _FULL.model_copy(
     update={
@@ -127,7 +128,7 @@ _PAPER = _FULL.model_copy(
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(Params(), "two closed sets, three seeds: see the method at work", minutes=1, memory_gib=4),
-    "full": Preset(_FULL, "eight closed sets, five seeds: settle the claims", minutes=15, memory_gib=6),
+    "full": Preset(_FULL, "six closed sets, five seeds: settle the claims", minutes=15, memory_gib=6),
     "paper": Preset(
         _PAPER,
         "the paper's first model with the closed sets' exact judge",
@@ -319,7 +320,18 @@ def vote(paths: Sequence[str]) -> int | None:
 
 _LEADS = ("List some", "Name several", "Give examples of", "Write down a few", "Think of some")
 _TAILS = (".", ", in quotation marks.", ", one item a line.", ", different each time.")
-TOPICS = ("a dog", "the sea", "a train", "an old house", "a garden", "a storm", "a teacher", "the moon")
+TOPICS = (
+    "a dog",
+    "the sea",
+    "a train",
+    "a king",
+    "a garden",
+    "a storm",
+    "a teacher",
+    "the moon",
+    "a letter",
+    "a river",
+)
 VALIDATION_TOPICS = ("a cat", "a bridge")
 
 
@@ -405,73 +417,74 @@ def questions(bench: Bench, names: Sequence[str], seed: int) -> dict[str, Explor
 
 def run_probe(bench: Bench, starts: dict[str, Explorer]) -> Iterator[dict[str, Any]]:
     """Rows of the initial ranking: rank, right or not, inside the main clusters or not."""
-    for name, start in starts.items():
-        ranked = Listing(start).best(bench.params.probe_top)
+    ranked = [Listing(start).best(bench.params.probe_top) for start in starts.values()]
+    answers = decode(list(starts.values()), ranked, bench.short)
+    for name, tokens, own in zip(starts, ranked, answers, strict=True):
         inside = {
-            f"in_{kind}": in_main_clusters(torch.tensor(ranked), clusters, bench.params.main_top).int().tolist()
+            f"in_{kind}": in_main_clusters(torch.tensor(tokens), clusters, bench.params.main_top).int().tolist()
             for kind, clusters in bench.clusters.items()
         }
-        for i, answer in enumerate(decode([start], [ranked], bench.short)[0]):
+        for i, answer in enumerate(own):
             right = int(is_right(answer, closed_sets()[name]))
             yield {"category": name, "rank": i + 1, "right": right} | {kind: flags[i] for kind, flags in inside.items()}
 
 
 def run_finding(bench: Bench, starts: dict[str, Explorer], seed: int) -> Iterator[dict[str, Any]]:
     """Rows of different right answers after k candidates, for each way of finding them."""
-    count = bench.params.n_candidates
-    for name, start in starts.items():
-        arms = {
-            "icn": navigate([start], count, bench.params.per_round, bench.short)[0],
-            "ranking": rank([start], count, bench.short)[0],
-            "sampling": sample([start], count, bench.short, bench.sampler("finding", seed))[0],
-        }
-        for method, answers in arms.items():
-            counts = new_correct(answers, closed_sets()[name])
-            precision = mean_precision(counts)
-            for k in sorted({*range(5, count, 5), count}):
-                row = {"category": name, "method": method, "candidates": k, "correct": int(counts[k - 1])}
-                yield row | {"mean_precision": precision}
+    count, prompts = bench.params.n_candidates, list(starts.values())
+    arms = {
+        "ranking": rank(prompts, count, bench.short),
+        "icn": navigate(prompts, count, bench.params.per_round, bench.short),
+        "sampling": sample(prompts, count, bench.short, bench.sampler("finding", seed)),
+    }
+    for (method, found), (i, name) in product(arms.items(), enumerate(starts)):
+        counts = new_correct(found[i], closed_sets()[name])
+        precision = mean_precision(counts)
+        for k in sorted({*range(5, count, 5), count}):
+            row = {"category": name, "method": method, "candidates": k, "correct": int(counts[k - 1])}
+            yield row | {"mean_precision": precision}
 
 
 def run_push(bench: Bench, starts: dict[str, Explorer]) -> Iterator[dict[str, Any]]:
-    """Rows of how logits change when every second of the first 20 results is listed, or a foreign set's results.
+    """Rows of how logits change when half of the first 20 results are listed, or as many results of a foreign set.
 
     Logits are centred over the vocabulary, since a shift common to all keys changes nothing.
     """
-    names = list(starts)
-    top = min(20, bench.params.probe_top)
-    ranked = {name: Listing(starts[name]).best(bench.params.probe_top) for name in names}
-    for i, name in enumerate(names):
-        start, tokens = starts[name], torch.tensor(ranked[name])
-        near = torch.isin(bench.clusters[bench.params.keys][tokens], bench.clusters[bench.params.keys][tokens[:top:2]])
-        later = torch.arange(len(tokens)) >= top
-        groups = {
-            "listed": tokens[:top:2],
-            "unlisted": tokens[1:top:2],
-            "neighbours": tokens[later & near],
-            "others": tokens[later & ~near],
-        }
-        for source, owner in (("own", name), ("foreign", names[(i + 1) % len(names)])):
+    names, clusters = list(starts), bench.clusters[bench.params.keys]
+    ranked = {name: torch.tensor(Listing(starts[name]).best(bench.params.probe_top)) for name in names}
+    places = torch.arange(bench.params.probe_top)
+    top, listed = places < 20, alternating(places) & (places < 20)
+    for name, foreign in zip(names, names[1:] + names[:1], strict=True):
+        start, tokens = starts[name], ranked[name]
+        near = torch.isin(clusters[tokens], clusters[tokens[listed]])
+        groups = {"listed": listed, "unlisted": top & ~listed, "neighbours": ~top & near, "others": ~top & ~near}
+        for source, owner in (("own", name), ("foreign", foreign)):
             listing = Listing(start)
-            listing.add(decode([starts[owner]], [ranked[owner][:top:2]], bench.short)[0])
+            listing.add(decode([starts[owner]], [ranked[owner][listed].tolist()], bench.short)[0])
             change = (listing.logits - listing.logits.mean()) - (start.logits - start.logits.mean())
             for group, members in groups.items():
-                if len(members):
-                    yield {"category": name, "list": source, "group": group, "change": float(change[members].mean())}
+                if members.any():
+                    moved = float(change[tokens[members]].mean())
+                    yield {"category": name, "list": source, "group": group, "change": moved}
+
+
+def alternating(places: Tensor) -> Tensor:
+    """Whether each place is drawn in the pattern yes, no, no, yes, which leaves both halves the same mean rank."""
+    return (places % 4 == 0) | (places % 4 == 3)
 
 
 def run_diversity(bench: Bench, topics: Sequence[str], arms: Arms, seed: int) -> Iterator[dict[str, Any]]:
     """Rows of diversity and quality of open texts by topic and method; an arm with a chooser samples."""
-    params, limits = bench.params, bench.sentence
-    for topic in topics:
-        start = explorer(bench.loaded, open_question(topic, seed), QUOTED)
-        for method, choose in arms.items():
-            if choose is not None:
-                texts = sample([start], params.n_texts, limits, choose)[0]
-            elif method == "icn":
-                texts = navigate([start], params.n_texts, max(1, params.n_texts // 4), limits)[0]
-            else:
-                texts = rank([start], params.n_texts, limits)[0]
+    starts = [explorer(bench.loaded, open_question(topic, seed), QUOTED) for topic in topics]
+    count = bench.params.n_texts
+    for method, choose in arms.items():
+        if choose is not None:
+            found = sample(starts, count, bench.sentence, choose)
+        elif method == "icn":
+            found = navigate(starts, count, max(1, count // 4), bench.sentence)
+        else:
+            found = rank(starts, count, bench.sentence)
+        for topic, texts in zip(topics, found, strict=True):
             words = [answer.text or "." for answer in texts]
             yield {
                 "topic": topic,
@@ -517,8 +530,9 @@ def tune(bench: Bench) -> pd.DataFrame:
     level = np.mean([row["log_probability"] for row in run_diversity(bench, VALIDATION_TOPICS, {"icn": None}, seed)])
     for setting in product(params.temperatures, params.top_ps):
         choose = nucleus(*setting, torch.Generator().manual_seed(seed))
-        samples = {name: sample([start], params.n_validation, bench.short, choose)[0] for name, start in starts.items()}
-        finding = np.mean([mean_precision(new_correct(own, closed_sets()[name])) for name, own in samples.items()])
+        samples = sample(list(starts.values()), params.n_validation, bench.short, choose)
+        judges = [closed_sets()[name] for name in starts]
+        finding = np.mean([mean_precision(new_correct(*pair)) for pair in zip(samples, judges, strict=True)])
         texts = pd.DataFrame(run_diversity(bench, VALIDATION_TOPICS, {"sampling": choose}, seed))
         voting = next(run_votes(bench, asked, {"sampling": choose}))["accuracy"]
         likely = texts["log_probability"].mean()
@@ -526,9 +540,9 @@ def tune(bench: Bench) -> pd.DataFrame:
         for purpose, score in (("finding", finding), ("diversity", diversity), ("voting", voting)):
             rows.append({"purpose": purpose, "temperature": setting[0], "top_p": setting[1], "score": float(score)})
     tuning = pd.DataFrame(rows)
-    for purpose, scores in tuning.groupby("purpose"):
-        best = scores.loc[scores["score"].idxmax()]
-        bench.settings[str(purpose)] = (float(best["temperature"]), float(best["top_p"]))
+    for name, scores in tuning.groupby("purpose"):
+        best = scores.sort_values("score", ascending=False, kind="stable").iloc[0]
+        bench.settings[str(name)] = (float(best["temperature"]), float(best["top_p"]))
     return tuning
 
 
@@ -546,8 +560,8 @@ def experiment(params: Params) -> Result:
         starts = questions(bench, params.categories, seed)
         topics = generator.choice(TOPICS, params.n_topics, replace=False).tolist()
         sums = problems(params.n_problems, params.largest, generator)
-        writers: Arms = {"icn": None, "ranking": None, "sampling": bench.sampler("diversity", seed)}
-        voters: Arms = {"icn": None, "ranking": None, "greedy": None, "sampling": bench.sampler("voting", seed)}
+        writers: Arms = {"ranking": None, "icn": None, "sampling": bench.sampler("diversity", seed)}
+        voters: Arms = {"ranking": None, "icn": None, "greedy": None, "sampling": bench.sampler("voting", seed)}
         parts = {
             "probe": run_probe(bench, starts),
             "finding": run_finding(bench, starts, seed),
@@ -658,11 +672,11 @@ def push_gap(rows: pd.DataFrame) -> float:
 
 def check_finding(result: Result) -> tuple[Comparison, ...]:
     """With equally many decoded candidates, ICN finds more different right answers than ranking and sampling."""
-    last = result.tables["finding"].groupby(["seed", "category", "method"], as_index=False)["mean_precision"].mean()
+    table = result.tables["finding"]
     return tuple(
         comparison
         for other in ("ranking", "sampling")
-        for comparison in compare(f"mean precision, ICN − {other}", last, arm_gap("mean_precision", other), "category")
+        for comparison in compare(f"mean precision, ICN − {other}", table, arm_gap("mean_precision", other), "category")
     )
 
 
@@ -713,6 +727,15 @@ def _foreign_list(result: Result) -> Result:
     frame = result.tables["push"]
     return result.with_table("push", frame[frame["list"] == "foreign"].assign(list="own"))
 
+
+_FLIPPED = ("probe.right", "probe.in_raw", "probe.in_normalised", "probe.in_shuffled", "finding.correct")
+_DECODED = ("finding.mean_precision", "push.change", "diversity.distance", "diversity.distinct_pairs")
+TOLERANCES = {
+    **dict.fromkeys(_FLIPPED, (math.inf, math.inf)),
+    **dict.fromkeys((*_DECODED, "diversity.log_probability", "tuning.score"), (0.1, 0.1)),
+    **dict.fromkeys(("diversity.closed", "votes.accuracy", "votes.single", "votes.any"), (0.2, 0.2)),
+}
+"""Where two tokens are all but tied, sums formed in another order swap two ranks or begin another text."""
 
 CLAIMS: list[Claim] = [
     Claim(
