@@ -15,7 +15,7 @@ Glossary (symbol → name here → shape)
 
 Deviations
     - The default model is SmolLM2-135M (49,152 tied keys, 384 clusters: as many keys a cluster as the paper's 1,024 for
-      Llama-3-8B's 128,256). An answer has at most 10 tokens, the paper's 64.
+      Llama-3-8B's 128,256). An answer has at most 8 tokens, the paper's 64.
     - Closed answer sets judge exactly, where the paper asks GPT-4o. An answer whose quote stays open counts as wrong.
     - Whether keys are normalised before k-means is not known to us: `keys` says which clusters decide the claim, and
       both are tabulated, beside clusters of the same sizes with their tokens shuffled.
@@ -99,11 +99,10 @@ _FULL = Params(
     n_clusters=384,
     probe_top=100,
     n_candidates=50,
-    max_tokens=10,
-    temperatures=(0.5, 0.9, 1.3),
+    temperatures=(0.6, 1.0, 1.4),
     top_ps=(0.9, 1.0),
-    n_validation=12,
-    n_topics=3,
+    n_validation=10,
+    n_topics=2,
     n_texts=10,
     text_tokens=20,
     n_problems=12,
