@@ -18,7 +18,7 @@ from midstream.paper import Result
 from midstream.papers.tokens import deco as paper
 from midstream.train import visual_bench
 from midstream.train.llava import CachedTower, Turn, ask, assemble, exact_answers, greedy, pack, tower_features
-from midstream.train.projectors import side
+from midstream.train.projectors import Resampler, side
 
 WIDTH, OUT = 12, 32
 TOWER = SimpleNamespace(hidden_size=WIDTH, num_attention_heads=4, image_size=64, patch_size=8)
@@ -158,6 +158,34 @@ def test_attention_is_that_of_torch() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- relevance
+
+
+def test_the_resampler_is_that_of_idefics_given_its_weights() -> None:
+    """Its feed-forward has ReLU and no biases, and patches have no learned positions."""
+    from transformers import IdeficsConfig
+    from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
+
+    torch.manual_seed(0)
+    config = IdeficsConfig(vision_config={"embed_dim": 16})
+    theirs = IdeficsPerceiverResampler(config, 16, depth=2, n_heads=4, head_dim=4, n_latents=4)
+    ours = Resampler(16, 16, tokens=4, heads=4, patches=9, depth=2)
+    with torch.no_grad():
+        ours.positions.zero_()
+        ours.latents.copy_(theirs.latents)
+        ours.out.weight.copy_(torch.eye(16))
+        ours.out.bias.zero_()
+        for layer, (attention, feed) in zip(ours.layers, theirs.blocks, strict=True):
+            pairs = zip(
+                (layer.attention.query, layer.attention.key, layer.attention.value, layer.attention.out),
+                (attention.q_proj, attention.k_proj, attention.v_proj, attention.output_proj),
+                strict=True,
+            )
+            for mine, given in [*pairs, (layer.feed_forward[1], feed.fc), (layer.feed_forward[3], feed.c_proj)]:
+                mine.weight.copy_(given.weight)
+                mine.bias.zero_()
+            layer.feed_forward[2] = nn.ReLU()
+        patches = torch.randn(3, 9, 16)
+        torch.testing.assert_close(ours(patches), theirs(patches))
 
 
 def test_relevance_without_layers_that_matter_is_the_identity_and_grows_by_each_layer() -> None:

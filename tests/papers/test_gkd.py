@@ -126,6 +126,20 @@ def test_padding_has_no_teacher_gradient(school: paper.School) -> None:
     assert batch["teacher"]["gradient"].shape[:2] == batch["inputs"]["input_ids"].shape
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_warm_start_scales_the_gradient_losses_only(school: paper.School, share: float) -> None:
+    student, batch = paper.student_of(school.teacher, 2, seed=0), first_batch(school)
+    ours, whole = [layer for layer, _ in school.layers], paper.Method("GKD-CLS", 1e-3, 0.5, 10.0, 0.2, 0.2)
+    scaled = paper.Method("", 1e-3, 0.5, 10.0, 0.2 * share, 0.2 * share)
+    expected = paper.student_loss(student, batch, scaled, ours, 5.0)
+    torch.testing.assert_close(paper.student_loss(student, batch | {"warmth": share}, whole, ours, 5.0), expected)
+
+
+def test_warmth_grows_evenly_and_stays() -> None:
+    assert [paper.warmth(step, 4) for step in range(7)] == [0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert paper.warmth(0, 0) == 1
+
+
 def test_without_weights_on_the_teacher_the_loss_is_cross_entropy(school: paper.School) -> None:
     student, batch = paper.student_of(school.teacher, 2, seed=0), first_batch(school)
     plain = torch.nn.functional.cross_entropy(student(**batch["inputs"]).logits, batch["labels"])
@@ -229,7 +243,7 @@ def test_every_epoch_has_every_row_once() -> None:
 
 
 def test_a_distilled_student_comes_closer_to_its_teachers_gradients(school: paper.School) -> None:
-    quick = replace(school, params=SIZES.model_copy(update={"epochs": 6}))
+    quick = replace(school, params=SIZES.model_copy(update={"epochs": 6, "warm_start": 0.0}))
     method = paper.Method("GKD", 3e-3, alpha=0.5, gradient=2.0)
     ours = [layer for layer, _ in school.layers]
 

@@ -211,10 +211,11 @@ class Params(PaperParams):
 
 _FULL = Params(
     arms=tuple(ARMS),
-    steps=240,
-    train_images=240 * 8,
+    steps=400,
+    batch_size=16,
+    train_images=400 * 16,
     learning_rates=(2e-3, 4e-3, 8e-3),
-    tune_steps=40,
+    tune_steps=60,
     val_images=64,
     test_images=128,
     relevance_images=40,
@@ -223,7 +224,7 @@ _FULL = Params(
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(Params(), "three projectors, a few steps: see the method at work", minutes=1, memory_gib=4),
-    "full": Preset(_FULL, "five projectors, three seeds: settle the claims", minutes=30, memory_gib=6),
+    "full": Preset(_FULL, "five projectors, three seeds: settle the claims", minutes=45, memory_gib=6),
     "paper": Preset(
         _FULL.model_copy(
             update={
