@@ -18,6 +18,8 @@ Glossary (symbol → name here → shape)
 Deviations
     - A miniature LLaVA of the shapes world stands for LLaVA-1.5, BLIP-2 and InternVL2. The matrices of both
       its sides are disturbed by noise, so that both have something to learn within a few dozen steps.
+    - Inferred: the projector is on the encoder's side; `encoder_side` makes it the whole of it, the tower frozen. All
+      weights are tuned, where the paper uses LoRA (`rank`).
     - Inferred: which divergence is the numerator (a side that learns faster must have the larger one, else the
       scheduler works backwards), and KL(new ‖ old); `divergence` takes the other direction, and every table has both.
     - Inferred: the scheduler, η_S ← η_S κ̄^γ and η_T ← η_T κ̄^−γ, which leaves their product as it is. `rule` says
