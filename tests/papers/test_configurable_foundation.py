@@ -347,6 +347,12 @@ def test_functions_without_text_or_without_arithmetic_second_are_refused(wrong: 
         paper.Params(**wrong)
 
 
+@pytest.mark.parametrize("wrong", [{"levels": (0.5, 0.9)}, {"variants": ("global",)}])
+def test_parameters_that_leave_a_claim_without_its_arm_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="claims are about"):
+        paper.Params(**wrong)
+
+
 # --- the claims ---
 
 
