@@ -28,7 +28,8 @@ Deviations
       5 %), the score of each layer's best neuron on texts that did not choose it, random neurons as a control, and the
       English Declaration of Human Rights as a text with the content, but not the language, of the Romance one.
     - The paper's four operations are a survey without measurements of its own. They are shown here with LoRA bricks on
-      the last blocks, each beside what undoes it; thresholds are ours.
+      the last blocks, each beside what undoes it; thresholds are ours. All adapters share one learning rate: on
+      held-out training texts, 0.003 and 0.01 lowered the loss of the arithmetic brick equally.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Params(PaperParams):
     rank: int = Field(4, ge=1, le=512, description="rank of one brick")
     brick_steps: int = Field(3, ge=1, le=100_000, description="training steps of one brick")
     brick_batch: int = Field(2, ge=1, le=1024, description="windows in a training batch")
-    brick_rate: float = Field(3e-3, gt=0, le=1, description="AdamW's peak rate for every adapter")
+    brick_rate: float = Field(5e-3, gt=0, le=1, description="AdamW's peak rate for every adapter")
     batch_size: int = Field(16, ge=1, le=1024, description="windows read at once")
 
     @field_validator("functions")
