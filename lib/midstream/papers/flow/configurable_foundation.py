@@ -398,7 +398,7 @@ def see(
     start = next(t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if t is not None)
     texts = torch.cat([windows(kind, split, count, params.tokens, tokenizer, seed) for kind in kinds])
     ids = torch.nn.functional.pad(texts, (1, 0), value=start)
-    return look(loaded.model, ids, np.repeat(kinds, count), first, params.batch_size)
+    return look(loaded.model, ids, np.repeat(kinds, count).tolist(), first, params.batch_size)
 
 
 def prepare(loaded: Any, params: Params, seed: int) -> Bench:
@@ -492,7 +492,7 @@ class Workshop:
         """Trains on kinds of text for `steps` times a brick's steps; replayed kinds together count as one."""
         params = self.bench.params
         parts = [self.train[kind] for kind in pools]
-        parts += [tuple(x[:: len(replay)] for x in self.train[kind]) for kind in replay]  # type: ignore[misc]
+        parts += [(ids[:: len(replay)], stream[:: len(replay)]) for ids, stream in map(self.train.__getitem__, replay)]
         ids, stream = (torch.cat(halves) for halves in zip(*parts, strict=True))
         schedule = Schedule(steps * params.brick_steps, params.brick_rate, weight_decay=0.0)
         self.bricks.train(name, ids, stream, schedule, params.brick_batch, self.bench.seed)
