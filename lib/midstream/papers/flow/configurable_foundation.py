@@ -683,11 +683,10 @@ def diagonal(pruning: pd.DataFrame, variant: str) -> pd.DataFrame:
     functions = sorted(set(table["pruned"]) - {"random"})
     rows = []
     for (seed, text), part in table[table["text"].isin(functions)].groupby(["seed", "text"]):
-        lost = part.set_index("pruned")["nats"]
-        others = lost.drop([text, "random"], errors="ignore")
-        rows.append(
-            {"seed": seed, "text": text, "own": lost[text], "others": others.mean(), "random": lost.get("random")}
-        )
+        lost = dict(zip(part["pruned"], part["nats"], strict=True))
+        others = [nats for pruned, nats in lost.items() if pruned not in (text, "random")]
+        means = {"own": lost[text], "others": float(np.mean(others)), "random": lost.get("random")}
+        rows.append({"seed": seed, "text": text, **means})
     return pd.DataFrame(rows)
 
 
@@ -740,10 +739,10 @@ def check_routing(result: Result) -> tuple[Comparison, ...]:
 def check_merging(result: Result) -> tuple[Comparison, ...]:
     """The mean of two bricks' updates serves both functions, the worse served too; not because of its size alone."""
     one, two, *_ = _roles(result)
-    gains = [nats(result, "base", [kind]) - nats(result, "merged", [kind]) for kind in (one, two)]
+    first, second = (nats(result, "base", [kind]) - nats(result, "merged", [kind]) for kind in (one, two))
     both = [one, two]
     return (
-        Comparison("nats a token gained over no brick, worse served function", t_interval(np.minimum(*gains))),
+        Comparison("nats a token gained over no brick, worse served function", t_interval(np.minimum(first, second))),
         Comparison(
             "nats a token gained over the scrambled brick",
             paired_interval(nats(result, "scrambled", both), nats(result, "merged", both)),
