@@ -106,7 +106,7 @@ def test_search_finds_a_planned_paper_by_its_name_on_its_part(window):
 
 @pytest.mark.parametrize("chapter", _chapters())
 def test_search_finds_a_chapter_by_the_title_of_its_paper(window, chapter):
-    title = papers()[chapter.split("/")[-1]].title
+    title = papers()[chapter.split("/")[-1]].title.replace("'s ", " ")  # Sphinx's index has no word of one letter
     assert f"/chapters/{chapter}.html" in _search(window, title)
 
 

@@ -102,10 +102,10 @@ def cell(interval: Interval | None, column: Column) -> str:
     """An estimate with its interval, where it has one and is no constant."""
     if interval is None:
         return '<span class="muted">not measured</span>'
-    form = ".1f" if column.unit == "%" else ".3g"
+    form, ends = (".1f", ".1f") if column.unit == "%" else (".3g", ".2g")
     if not math.isfinite(interval.low) or interval.low == interval.high:
         return f"<b>{interval.estimate:{form}}</b>"
-    return f"<b>{interval.estimate:{form}}</b> <small>{interval.low:{form}} to {interval.high:{form}}</small>"
+    return f"<b>{interval.estimate:{form}}</b> <small>{interval.low:{ends}} to {interval.high:{ends}}</small>"
 
 
 def _method(row: Row) -> str:

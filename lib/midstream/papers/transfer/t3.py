@@ -23,8 +23,9 @@ Deviations
       LLaVA-ReCap; the exact wording of the paper's families was not read, so ours are inferred from their names.
     - Half of a step's tokens are timelines and half questions about images (the paper: ratio 2, inferred to be images
       to text). Arms differ in the first half only and see equally many tokens a step.
-    - The miniature has only seen single images, whereas the paper's models are used to several. Half of the images are
-      therefore rows of stills, in all arms alike, with questions that their order does not settle.
+    - The miniature was asked about the last of several images, never about all of them, which the paper's models are
+      used to. Half of the images are therefore rows of stills, in all arms alike, with questions that their order does
+      not settle.
     - Added: an arm that learns from videos, to show how much of the skill the model could have.
     - Each video is asked twice, forwards and backwards, with the same words: whoever ignores the order of frames is
       right exactly half of the time. The paper's test, TempCompass, has no such pairs.

@@ -1,0 +1,1 @@
+"""Part: bridges between modalities."""
