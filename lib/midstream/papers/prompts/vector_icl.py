@@ -683,6 +683,7 @@ def run_texts(bench: Bench, rates: Rates, seed: int, rows: Rows) -> None:
     for kind, arm, made in last:
         row = examine(bench, task, made, task.form, task.shots[-1])
         rows["classes"].append({"kind": kind, "arm": arm, **row})
+    rows["classes"].append({"kind": "none", "arm": PROBE, **probe(task)})
     _examine_text(bench, task, rows)
 
 
@@ -711,10 +712,9 @@ def _examine_vectors(bench: Bench, task: Task, known: dict[str, Any], made: nn.M
 
 
 def _examine_text(bench: Bench, task: Task, rows: Rows) -> None:
-    """The same demonstrations and questions as text, in the template that validates best; and the probe."""
+    """The same demonstrations and questions as text, in the template that validates best."""
     known, form = {"kind": "none", "arm": TEXT}, best_text_form(bench, task)
     rows["classes"] += [known | examine(bench, task, None, form, shots) for shots in task.shots]
-    rows["classes"].append({"kind": "none", "arm": PROBE, **probe(task)})
 
 
 def run_series(bench: Bench, rates: Rates, seed: int, rows: Rows) -> None:
@@ -726,6 +726,7 @@ def run_series(bench: Bench, rates: Rates, seed: int, rows: Rows) -> None:
     for arm, made in {RANDOM: start, FINETUNED: tuned, ZERO: Zero(bench.width)}.items():
         known = {"kind": LINEAR, "arm": arm}
         rows["classes"] += [known | examine(bench, task, made, task.form, shots) for shots in task.shots]
+    rows["classes"].append({"kind": "none", "arm": PROBE, **probe(task)})
     few = replace(task, shots=task.shots[-1:], test=task.test[range(len(task.test) // 2)])  # 64 tokens each
     _examine_text(bench, few, rows)
 
