@@ -69,13 +69,13 @@ class Params(PaperParams):
     corpus: str = Field("sources", min_length=1, description="texts on which projectors are pretrained")
     max_chars: int = Field(60, ge=20, le=100_000, description="longest text used, in characters")
     continuation: int = Field(12, ge=1, le=4096, description="longest predicted rest of a text, in tokens")
-    pretrain: int = Field(16, ge=2, le=10_000_000, description="texts a projector is pretrained on")
-    finetune: int = Field(24, ge=2, le=10_000_000, description="labelled texts a projector is tuned on")
-    series: int = Field(24, ge=10, le=1_400, description="labelled series a projector is tuned on")
-    numbers: int = Field(4, ge=2, le=10_000_000, description="sequences of number lines a projector is tuned on")
+    pretrain: int = Field(8, ge=2, le=10_000_000, description="texts a projector is pretrained on")
+    finetune: int = Field(16, ge=2, le=10_000_000, description="labelled texts a projector is tuned on")
+    series: int = Field(16, ge=10, le=1_400, description="labelled series a projector is tuned on")
+    numbers: int = Field(2, ge=2, le=10_000_000, description="sequences of number lines a projector is tuned on")
     shots: tuple[int, ...] = Field((0, 2), min_length=1, description="demonstrations per class; claims read the last")
     lines: int = Field(2, ge=2, le=64, description="answered lines before each number question")
-    digits: tuple[int, ...] = Field((2, 6), min_length=1, description="digits of A and B; a claim reads the last")
+    digits: tuple[int, ...] = Field((1, 3), min_length=1, description="digits of A and B; a claim reads the last")
     n_val: int = Field(4, ge=2, le=10_000, description="validation examples of each task")
     n_numbers: int = Field(2, ge=2, le=100_000, description="number questions of each size and seed")
     n_queries: int = Field(8, ge=4, le=100_000, description="test queries of each task and seed")
@@ -91,9 +91,9 @@ _FULL = Params(
     n_seeds=3,
     max_chars=90,
     pretrain=192,
-    finetune=320,
-    series=200,
-    numbers=40,
+    finetune=256,
+    series=160,
+    numbers=30,
     shots=(0, 4),
     lines=4,
     digits=(2, 8),
