@@ -1,7 +1,7 @@
 """A frozen language model learns in context from vectors: a small projector makes one soft token of each.
 
 Reference: Zhuang et al., "Vector-ICL: In-context Learning with Continuous Vector Representations", ICLR 2025, arXiv
-2410.05629. The abstract and the released code's outline were read; the paper's numbers were not.
+2410.05629. The abstract was read; of method and released code a summary; the paper's numbers were not.
 
 Glossary (symbol → name here → shape)
     E        encoder            text → vector e (width of the encoder,); black box, each text encoded once
