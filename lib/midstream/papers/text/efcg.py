@@ -112,6 +112,7 @@ class Params(PaperParams):
     n_test: int = Field(10, ge=4, le=100_000, description="test texts, and composed test sets, for each seed")
     sample_batch: int = Field(128, ge=1, le=4096, description="answers drawn at once")
     precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the training's forward passes")
+    attention: Literal["eager", "sdpa"] = Field("eager", description="kernel; eager is faster for miniatures on a CPU")
 
     @field_validator("counts")
     @classmethod
@@ -137,6 +138,7 @@ _FULL = Params(
 _PAPER = _FULL.model_copy(
     update={
         "model": "meta-llama/Llama-3.1-8B-Instruct",
+        "attention": "sdpa",
         "corpus": "sst2",
         "few": 5,
         "n_texts": 20_000,
@@ -156,7 +158,14 @@ PRESETS: dict[str, Preset] = {
     "full": Preset(_FULL, "eight arms, four seeds, five counts up to 45: settle the claims", minutes=45, memory_gib=4),
     "smollm2": Preset(
         _FULL.model_copy(
-            update={"model": "smollm2", "rank": 16, "muon": 0.0, "rates": (3e-4, 1e-3), "gpo_rates": (5e-5, 2e-4)}
+            update={
+                "model": "smollm2",
+                "attention": "sdpa",
+                "rank": 16,
+                "muon": 0.0,
+                "rates": (3e-4, 1e-3),
+                "gpo_rates": (5e-5, 2e-4),
+            }
         ),
         "a real language model with adapters, on the same stories",
         minutes=120,
@@ -617,7 +626,7 @@ def position_rows(hits: pd.DataFrame, shuffles: int = 20) -> list[dict[str, Any]
 
 def experiment(params: Params) -> Result:
     """Trains and judges every arm on every seed, from one backbone."""
-    loaded = zoo.load(params.model, device="auto")
+    loaded = zoo.load(params.model, device="auto", attn_implementation=params.attention)
     names = ("csr", "positions", "constraints", "answers", "pairs", "search")
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     found: dict[str, tuple[float, float]] = {}
