@@ -92,24 +92,24 @@ class Params(PaperParams):
     model: str = Field("stories-lm", min_length=1, description="a causal LM: packaged, tiny:…, folder or Hub id")
     corpus: str = Field(STORIES, min_length=1, description="`stories`, or a data set with English texts")
     few: int = Field(12, ge=0, le=200, description="most attributes in the prompts of the rival `few`")
-    n_texts: int = Field(800, ge=50, le=10_000_000, description="training texts")
+    n_texts: int = Field(400, ge=50, le=10_000_000, description="training texts")
     counts: Counts = Field((4, 16, 45), min_length=3, description="attributes in test prompts, rising")
-    steps: int = Field(16, ge=2, le=1_000_000, description="updates of AR, and of its rivals")
+    steps: int = Field(10, ge=2, le=1_000_000, description="updates of AR, and of its rivals")
     batch_size: int = Field(16, ge=2, le=4096, multiple_of=2, description="texts a step")
     rates: Rates = Field((3e-3,), min_length=1, description="AdamW's peak rates tried for AR and its rivals")
     muon: float = Field(2.0, ge=0, le=100, description="Muon's rate for linear layers over AdamW's; 0: AdamW alone")
     rank: int = Field(0, ge=0, le=1024, description="rank of LoRA's adapters; 0 trains all weights")
-    n_composed: int = Field(24, ge=4, le=1_000_000, description="attribute sets composed for GPO")
+    n_composed: int = Field(20, ge=4, le=1_000_000, description="attribute sets composed for GPO")
     samples: int = Field(4, ge=2, le=64, description="answers drawn to each of them")
-    gpo_steps: int = Field(6, ge=1, le=1_000_000, description="updates of GPO, and of its rivals")
+    gpo_steps: int = Field(4, ge=1, le=1_000_000, description="updates of GPO, and of its rivals")
     gpo_rates: Rates = Field((1e-3,), min_length=1, description="AdamW's peak rates tried for GPO and its rivals")
     betas: Rates = Field((0.1,), min_length=1, description="values of β tried")
     pair_rules: tuple[PairRule, ...] = Field(RULES, min_length=1, description="readings of GPO; the first is it")
     temperature: float = Field(0.7, gt=0, le=2, description="of all sampling")
     top_p: float = Field(0.95, gt=0, le=1, description="share of the probability that is sampled from")
-    max_tokens: int = Field(80, ge=8, le=4096, description="tokens of the longest answer")
-    n_validation: int = Field(8, ge=4, le=100_000, description="prompts on which rates and β are chosen")
-    n_test: int = Field(10, ge=4, le=100_000, description="test texts, and composed test sets, for each seed")
+    max_tokens: int = Field(64, ge=8, le=4096, description="tokens of the longest answer")
+    n_validation: int = Field(4, ge=4, le=100_000, description="prompts on which rates and β are chosen")
+    n_test: int = Field(8, ge=4, le=100_000, description="test texts, and composed test sets, for each seed")
     sample_batch: int = Field(128, ge=1, le=4096, description="answers drawn at once")
     precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the training's forward passes")
     attention: Literal["eager", "sdpa"] = Field("eager", description="kernel; eager is faster for miniatures on a CPU")
@@ -132,6 +132,7 @@ _FULL = Params(
     gpo_steps=40,
     gpo_rates=(3e-4, 1e-3),
     betas=(0.1, 0.5),
+    max_tokens=80,
     n_validation=24,
     n_test=32,
 )
