@@ -17,6 +17,7 @@ from midstream.measure.constraints import (
     Constraint,
     Lexicon,
     constraints_of,
+    prompt_of,
     read,
     satisfaction_rate,
     satisfied,
@@ -33,6 +34,7 @@ from midstream.train.preferences import (
     preference_loss,
     sample,
 )
+from midstream.train.recipes import stories_lm
 
 FAMILIES = ("gpt2", "opt", "llama", "qwen2", "gemma3")
 TEXTS = stories.stories(300, seed=7)
@@ -131,6 +133,21 @@ def test_training_stories_hold_no_held_out_pair_and_some_test_stories_do() -> No
 
 def test_stories_have_three_to_six_sentences() -> None:
     assert {len(read(text).sentences) for text in TEXTS} == {3, 4, 5, 6}
+
+
+def test_the_miniature_is_asked_for_a_story_that_stands_last_behind_others() -> None:
+    tokenizer = zoo.load("tiny:qwen2").tokenizer
+    documents = list(zip(TEXTS[:20], POOLS[:20], strict=True))
+    made = stories_lm.rows(documents, tokenizer, lambda pool: pool[:2], 3, random.Random(0))
+    many = set()
+    for _ in range(20):
+        prompt, answer = next(made)
+        told = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        asked = tokenizer.decode(prompt).split("Requirements: ")
+        pool = dict(documents)[told]
+        assert asked[-1] == prompt_of(pool[:2]).removeprefix("Requirements: ")
+        many.add(len(asked) - 2)
+    assert many == {0, 1, 2, 3}
 
 
 # --------------------------------------------------------------------------------------------- composed sets of GPO
