@@ -564,7 +564,7 @@ def judge(model: Any, bench: Bench, sets: dict[str, list[Example]]) -> dict[str,
     table = pd.DataFrame(hits)
     rows["positions"] = position_rows(table)
     by_constraint = table.groupby("constraint")["met"].agg(["mean", "size"]).reset_index()
-    rows["constraints"] = by_constraint.rename(columns={"mean": "csr", "size": "n"}).to_dict("records")
+    rows["constraints"] = by_constraint.rename(columns={"mean": "csr", "size": "n"}).to_dict("records")  # type: ignore[assignment]
     return rows
 
 
@@ -620,7 +620,7 @@ def position_rows(hits: pd.DataFrame, shuffles: int = 20) -> list[dict[str, Any]
     spreads = [np.ptp(even.groupby(rng.permutation(stretch)).mean()) for _ in range(shuffles)]
     means = even.groupby(stretch).mean()
     return [
-        {"stretch": int(number), "csr": float(value), "by_chance": float(np.mean(spreads))}
+        {"stretch": int(number), "csr": float(value), "by_chance": float(np.mean(spreads))}  # type: ignore[call-overload]
         for number, value in means.items()
     ]
 
