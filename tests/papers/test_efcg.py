@@ -1,7 +1,10 @@
 """Facts of the requirements, of the stories, of preference learning and of the UltraGen chapter's claims."""
 
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pandas as pd
@@ -114,6 +117,25 @@ def test_no_phrase_holds_two_neighbouring_words_of_its_text() -> None:
 def test_a_lexicon_too_small_for_a_short_text_is_an_error() -> None:
     with pytest.raises(ValueError, match="45 constraints were asked for"):
         constraints_of("Tom ran.", Lexicon({"tom": "Tom"}, ()), random.Random(0))
+
+
+def test_a_lexicon_is_the_same_in_every_process() -> None:
+    code = (
+        "from midstream.data.stories import stories; from midstream.measure.constraints import Lexicon; "
+        "print(Lexicon.of(stories(100)))"
+    )
+    said = [
+        subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed})
+        for seed in ("1", "2")
+    ]
+    assert said[0] == said[1]
+
+
+def test_of_each_split_there_are_as_many_texts_as_were_asked_for() -> None:
+    params = paper.Params(n_texts=50, n_test=9, n_validation=5, counts=(2, 4, 8))
+    texts = paper.corpus(params, 0)
+    assert (len(texts.train), len(texts.validation), len(texts.test)) == (50, 9, 9)
+    assert not any(stories.holds_out(each.text) for each in (*texts.train, *texts.validation, *texts.test))
 
 
 # --------------------------------------------------------------------------------------------------------- stories

@@ -164,7 +164,7 @@ class Lexicon:
         """
         written = Counter(word for text in texts for word in words(text))
         form = {word.lower(): word for word, _ in reversed(written.most_common())}
-        counts = Counter(word for text in texts for word in {each.lower() for each in words(text)})
+        counts = Counter(word for text in texts for word in sorted({each.lower() for each in words(text)}))
         ranked = [(word, count) for word, count in counts.most_common() if count > 1]
         rare = [word for word, count in ranked if count <= SHARE * len(texts) and len(word) > 2 and word.isalpha()]
         common = tuple(word for word, count in ranked if count > SHARE * len(texts))

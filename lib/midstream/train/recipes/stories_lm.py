@@ -98,7 +98,9 @@ def measure(loaded: Loaded) -> dict[str, Measured]:
         made = sample(loaded.model, loaded.tokenizer, [prompt_of(each) for each in shown], **how)
         rate = sum(satisfaction_rate(each, text) for each, text in zip(shown, made, strict=True)) / len(made)
         split = "requirements of test stories, temperature 0.7"
-        found[f"{count} requirements"] = Measured(value=round(100 * rate, 1), split=split, n=count * len(made))
+        found[f"{count} requirement{'s' if count > 1 else ''}"] = Measured(
+            value=round(100 * rate, 1), split=split, n=count * len(made)
+        )
     return found
 
 
