@@ -1,5 +1,6 @@
 """Facts of the way from notebooks to a built book, without building one."""
 
+import os
 from types import SimpleNamespace
 
 import nbformat
@@ -136,6 +137,24 @@ def test_a_failed_chapter_leaves_a_page_that_says_so_and_a_later_success_removes
     monkeypatch.setattr(chapters, "execute", lambda paper, report: finished)
     book.prepare_chapters(checkout / "book")
     assert [path.suffix for path in notice.parent.iterdir()] == [".ipynb"]
+
+
+def test_chapters_at_once_share_the_cores_unless_the_user_said_how_many_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with book.threads_each(3):
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with book.threads_each(3):
+        assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize(("cores", "gibibytes", "jobs"), [(1, 64, 1), (2, 24, 2), (2, 8, 1), (64, 256, 4)])
+def test_as_many_chapters_at_once_as_cores_and_memory_allow(monkeypatch, cores, gibibytes, jobs):
+    monkeypatch.setattr(book.machine, "cores", lambda: cores)
+    monkeypatch.setattr(book.machine, "memory_allowed", lambda: gibibytes * 2**30)
+    assert book.jobs_at_once() == jobs
 
 
 # ---------------------------------------------------------------- publishing

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from midstream.paper import Result
 from midstream.papers.bridges import balanced_mllm_tuning as paper
 from midstream.train import Schedule, fit
 from midstream.train.llava import ask, exact_answers
+from midstream.train.packing import IGNORED
 from midstream.train.recipes import _shapes as world
 from midstream.train.sides import fit_sides, gradient_norm, put_back, snapshot
 
@@ -303,9 +305,9 @@ def test_tuning_leaves_the_given_model_as_it_is(bench: paper.Bench, lesson: pape
 def test_right_answers_are_those_of_questions_asked_alone(bench: paper.Bench) -> None:
     batch = next(bench.batches(1, 4, 0, "test"))
     log_p = paper.log_probabilities(bench.model, batch)[1]
-    answered = batch["labels"][:, 1:] != paper.IGNORED
+    answered = batch["labels"][:, 1:] != IGNORED
     found = paper.right_answers(log_p.argmax(-1) == batch["labels"][:, 1:][answered], answered)
-    rng = paper.random.Random("0/test")
+    rng = random.Random("0/test")
     scenes = shapes.scenes(4, seed=0, split="test", start=0)
     asked = [(n, bench.turn(each)) for n, scene in enumerate(scenes) for each in shapes.questions(scene, rng)]
     alone = ask([turn for _, turn in asked], bench.beginning, bench.words.pad)

@@ -7,18 +7,22 @@ last good book where it was.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.status import Status
 
-from midstream import places, records
+from midstream import machine, places, records
 from midstream.book import api, chapters, checks, generated
 from midstream.book.chapters import Outcome
 from midstream.errors import MidstreamError
@@ -52,15 +56,35 @@ def build(strict: bool = False) -> Path:
 
 
 def prepare_chapters(book: Path) -> list[Outcome]:
-    """Execute every chapter that the table of contents names, going on past those that fail."""
-    outcomes = []
-    for paper in chapters_named(book.parent / "_toc.yml"):
-        with console.status(f"chapter {paper.id}") as status:
-            outcome = chapters.prepare(paper, book, partial(show_progress, status, paper))
+    """Execute every chapter that the table of contents names, some at once, going on past those that fail."""
+    named, jobs = chapters_named(book.parent / "_toc.yml"), jobs_at_once()
+
+    def prepare(paper: Paper) -> Outcome:
+        outcome = chapters.prepare(paper, book, partial(show_progress, status, paper))
         state = "failed" if outcome.error else "unchanged" if outcome.reused else "executed"
         console.print(f"chapter {paper.id}: {state}, {outcome.seconds:.1f} s")
-        outcomes.append(outcome)
-    return outcomes
+        return outcome
+
+    share = max(1, machine.cores() // jobs)
+    with console.status("chapters") as status, threads_each(share), ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(prepare, named))
+
+
+def jobs_at_once() -> int:
+    """How many chapters are executed side by side: as many as cores and memory allow, and no more than four."""
+    return max(1, min(4, machine.cores(), machine.memory_allowed() // (6 * machine.GIB)))
+
+
+@contextmanager
+def threads_each(count: int) -> Iterator[None]:
+    """Within the block processes that are started compute with `count` threads, unless the user said how many."""
+    theirs = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = theirs or str(count)
+    try:
+        yield
+    finally:
+        if theirs is None:
+            del os.environ["OMP_NUM_THREADS"]
 
 
 def show_progress(status: Status, paper: Paper, progress: Progress) -> None:

@@ -18,6 +18,8 @@ Glossary (symbol → name here → shape)
 Deviations
     - A miniature LLaVA of the shapes world stands for LLaVA-1.5, BLIP-2 and InternVL2. The matrices of both
       its sides are disturbed by noise, so that both have something to learn within a few dozen steps.
+    - Inferred: the projector is on the encoder's side; `encoder_side` makes it the whole of it, the tower frozen. All
+      weights are tuned, where the paper uses LoRA (`rank`).
     - Inferred: which divergence is the numerator (a side that learns faster must have the larger one, else the
       scheduler works backwards), and KL(new ‖ old); `divergence` takes the other direction, and every table has both.
     - Inferred: the scheduler, η_S ← η_S κ̄^γ and η_T ← η_T κ̄^−γ, which leaves their product as it is. `rule` says
@@ -504,8 +506,8 @@ def choose(tried: pd.DataFrame) -> Choice:
     ordered = tried.sort_values("loss")
     best = ordered[ordered["arm"] == CONSTANT].iloc[0]
     own = ordered[ordered["start"] == 1].drop_duplicates("arm")
-    race = {row.arm: (float(row.rate), float(row.weight)) for row in own.itertuples()}
-    return Choice(float(best["start"]), float(best["rate"]), race)
+    race = {row.arm: (float(row.rate), float(row.weight)) for row in own.itertuples()}  # type: ignore[arg-type]
+    return Choice(float(best["start"]), float(best["rate"]), race)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -569,7 +571,7 @@ def experiment(params: Params) -> Result:
             known = {"case": case.case, "arm": case.arm.name, "start": case.arm.start, "seed": seed}
             spent = {"rate": case.rate, "weight": case.arm.weight}
             runs.append(known | spent | examine(tuning.model, lesson.exam) | summary(tuning, curve))
-            curves.append(stretches(tuning, curve).assign(**known))
+            curves.append(stretches(tuning, curve).assign(**known))  # type: ignore[arg-type]
     scalars = {"best ratio": choice.best, "rate": choice.rate}
     return Result({"runs": pd.DataFrame(runs), "curves": pd.concat(curves), "tuning": tried}, scalars)
 
@@ -590,14 +592,14 @@ def summary(tuning: Tuning, curve: pd.DataFrame) -> dict[str, float]:
         "kappa": float(log_kappas(tuning).mean()),
         "kappa_back": float(log_kappas(tuning, "_back").mean()),
         "last_ratio": tuning.rates[LANGUAGE] / tuning.rates[ENCODER],
-        **{name: float(np.exp(np.log(values.clip(lower=1e-12)).mean())) for name, values in norms.items()},
+        **{name: float(np.exp(np.log(values.clip(lower=1e-12)).mean())) for name, values in norms.items()},  # type: ignore[call-overload]
     }
 
 
 def stretches(tuning: Tuning, curve: pd.DataFrame, count: int = 12) -> pd.DataFrame:
     """Means over stretches of steps: training loss, log10 κ and log10 of the ratio of rates."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.log10(curve[f"rate_{LANGUAGE}"] / curve[f"rate_{ENCODER}"]).replace([np.inf, -np.inf], np.nan)
+        ratio = np.log10(curve[f"rate_{LANGUAGE}"] / curve[f"rate_{ENCODER}"]).replace([np.inf, -np.inf], np.nan)  # type: ignore[attr-defined]
     found = curve.assign(ratio=ratio, kappa=curve["step"].map(log_kappas(tuning)))
     length = math.ceil(len(curve) / count)
     found["step"] = ((found["step"] - 1) // length + 1) * length
@@ -667,7 +669,7 @@ def check_signal(result: Result) -> tuple[Comparison, ...]:
     return tuple(
         Comparison(
             f"test loss from η_T/η_S = {start:g}, scheduler − chance",
-            paired_interval(*(values(result, "sweep", arm, "loss", start) for arm in (SCHEDULER, CHANCE))),
+            paired_interval(*(values(result, "sweep", arm, "loss", start) for arm in (SCHEDULER, CHANCE))),  # type: ignore[arg-type]
             side="below",
             unit="nats",
         )
@@ -683,7 +685,7 @@ def check_harmless(result: Result) -> tuple[Comparison, ...]:
     """From the best ratio the scheduler ends no more than 0.02 nats above the constant rates."""
     pair = (values(result, "sweep", arm, "loss", best_ratio(result)) for arm in (SCHEDULER, CONSTANT))
     what = "test loss from the best ratio, scheduler − constant"
-    return (Comparison(what, paired_interval(*pair), side="below", threshold=HARMLESS, unit="nats"),)
+    return (Comparison(what, paired_interval(*pair), side="below", threshold=HARMLESS, unit="nats"),)  # type: ignore[arg-type]
 
 
 def check_norms(result: Result) -> tuple[Comparison, ...]:
@@ -705,7 +707,7 @@ def ahead(result: Result, arm: str, others: Sequence[str], value: str) -> tuple[
     return tuple(
         Comparison(
             f"{what}, {arm} − {other}",
-            paired_interval(*(values(result, "race", each, value) for each in (arm, other))),
+            paired_interval(*(values(result, "race", each, value) for each in (arm, other))),  # type: ignore[arg-type]
             side="below",
             unit="nats",
         )

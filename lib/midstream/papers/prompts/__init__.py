@@ -1,0 +1,1 @@
+"""Part: soft prompts, soft tokens, steering."""
