@@ -103,7 +103,7 @@ def cell(interval: Interval | None, column: Column) -> str:
     if interval is None:
         return '<span class="muted">not measured</span>'
     form, ends = (".1f", ".1f") if column.unit == "%" else (".3g", ".2g")
-    if not math.isfinite(interval.low) or interval.low == interval.high:
+    if not math.isfinite(interval.low) or math.isclose(interval.low, interval.high):
         return f"<b>{interval.estimate:{form}}</b>"
     return f"<b>{interval.estimate:{form}}</b> <small>{interval.low:{ends}} to {interval.high:{ends}}</small>"
 
@@ -147,7 +147,7 @@ def draw(arena: Arena, rows: Sequence[Row]) -> str:
         [arena.quality[0].name] * max(1, len(costs)),
         *([[cost.name for cost in costs]] if costs else []),
     ]
-    figure, axes = plt.subplot_mosaic(layout, figsize=(7.2, 6.4 if costs else 3.8), height_ratios=[5, 4][: len(layout)])
+    figure, axes = plt.subplot_mosaic(layout, figsize=(7.2, 6.4 if costs else 5.2), height_ratios=[5, 4][: len(layout)])
     for column in (arena.quality[0], *costs):
         _panel(axes[column.name], arena, column, rows)
     handles, labels = axes[arena.quality[0].name].get_legend_handles_labels()
@@ -164,9 +164,9 @@ def _panel(axis: Any, arena: Arena, column: Column, rows: Sequence[Row]) -> None
     """One quantity against size; methods of one size stand a little apart."""
     from midstream.figures import PALETTE
 
-    methods = list(dict.fromkeys(row.standing.method for row in rows))
+    methods, colors = list(dict.fromkeys(row.standing.method for row in rows)), [*PALETTE, "#56B4E9", "#B8860B"]
     for number, method in enumerate(methods):
-        look = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
+        look = {"color": colors[number % len(colors)], "marker": MARKERS[number % len(MARKERS)]}
         shift = 1.0 if arena.across else 2 ** (0.5 * (number - (len(methods) - 1) / 2) / max(1, len(methods) - 1))
         _series(axis, arena, column, [row for row in rows if row.standing.method == method], shift, look)
     _dress(axis, arena, column, rows)
@@ -180,13 +180,10 @@ def _series(axis: Any, arena: Arena, column: Column, rows: Sequence[Row], shift:
     where = [_estimate(row, _across(arena).name) * shift for row, _ in measured]
     heights = [interval.estimate for _, interval in measured]
     reach = [_reach(interval) for _, interval in measured]
-    beside = [_reach(row.standing.values[arena.across]) for row, _ in measured] if arena.across else None
     stale = any(row.entry.stale for row, _ in measured)
     label = rows[0].standing.method + (" (stale)" if stale else "")
     filled = {"markerfacecolor": "white"} if stale else {}
-    axis.errorbar(
-        where, heights, yerr=reach, xerr=beside, ms=7, lw=1.3, capsize=3, alpha=0.9, label=label, **look, **filled
-    )
+    axis.errorbar(where, heights, yerr=reach, ms=7, lw=1.3, capsize=3, alpha=0.9, label=label, **look, **filled)
 
 
 def _reach(interval: Interval) -> float:
