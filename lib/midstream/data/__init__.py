@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from midstream.assets import Card, by_revision
-from midstream.data import corpora, countries, hub, rated_sentences
+from midstream.data import corpora, countries, films, hub, rated_sentences
 from midstream.data.dataset import Dataset, Source
 from midstream.errors import RequestError
 from midstream.fingerprint import with_code
@@ -22,6 +22,7 @@ _SOURCES: dict[str, Source] = {
     "udhr": corpora.UDHR,
     "stdlib": corpora.STDLIB,
     "cities": countries.CITIES,
+    "films": films.FILMS,
     **hub.HUB,
 }
 NAMES = tuple(_SOURCES)

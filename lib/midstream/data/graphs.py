@@ -1,15 +1,15 @@
-"""A generated knowledge graph of people: facts in words, and questions whose answer lies some facts away."""
+"""Knowledge graphs, and a generated one of people: facts in words, and questions whose answer lies some facts away."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 RELATIONS = ("friend", "teacher", "doctor", "cousin", "neighbour", "guide", "rival", "boss")
-_ONSETS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+_SYLLABLES = [onset + vowel for onset in "bdfgklmnprstvz" for vowel in "aeiou"]
 WORDINGS = 2
 """How many ways there are to say a fact."""
 
@@ -30,7 +30,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Graph:
-    """People and facts about them; a relation leads from a person to one other person."""
+    """Entities, here people, and facts about them; a relation leads from an entity to one other."""
 
     names: tuple[str, ...]
     relations: tuple[str, ...]
@@ -38,6 +38,8 @@ class Graph:
     """Key → place of the object's name."""
     pattern: re.Pattern[str] = field(repr=False)
     """Any of the names, as a whole word."""
+    asks: str = "Who"
+    """The word with which a question begins."""
 
     def questions(self, hops: int) -> Iterator[Question]:
         """Every question of so many hops that the facts answer."""
@@ -63,7 +65,7 @@ class Graph:
     def ask(self, question: Question) -> str:
         """`Who is the teacher of the friend of Bavo?`"""
         asked = " of ".join(f"the {self.relations[relation]}" for relation in reversed(question.relations))
-        return f"Who is {asked} of {self.names[question.subject]}?"
+        return f"{self.asks} is {asked} of {self.names[question.subject]}?"
 
     def say(self, key: Key, of: int, wording: int) -> str:
         """One fact, or a claim that looks like one, in one of `WORDINGS` wordings."""
@@ -81,7 +83,7 @@ class Graph:
 
     def with_facts(self, facts: Mapping[Key, int]) -> Graph:
         """The same people with other facts."""
-        return Graph(self.names, self.relations, facts, self.pattern)
+        return replace(self, facts=facts)
 
 
 def generate(people: int, relations: int, facts_each: int, seed: int) -> Graph:
@@ -89,27 +91,35 @@ def generate(people: int, relations: int, facts_each: int, seed: int) -> Graph:
 
     Raises `ValueError` for more relations, facts or people than there can be.
     """
-    syllables = [onset + vowel for onset in _ONSETS for vowel in _VOWELS]
-    if not facts_each <= relations <= len(RELATIONS) or not 2 <= people <= len(syllables) ** 2:
+    if not facts_each <= relations <= len(RELATIONS) or not 2 <= people <= len(_SYLLABLES) ** 2:
         raise ValueError(
-            f"A graph has 2 to {len(syllables) ** 2} people, at most {len(RELATIONS)} relations and no more facts a "
+            f"A graph has 2 to {len(_SYLLABLES) ** 2} people, at most {len(RELATIONS)} relations and no more facts a "
             f"person than relations; got {people} people, {relations} relations, {facts_each} facts a person."
         )
     rng = random.Random(seed)
-    pairs = rng.sample(range(len(syllables) ** 2), people)
-    names = tuple((syllables[n // len(syllables)] + syllables[n % len(syllables)]).capitalize() for n in pairs)
+    names = invented_names(people, rng)
     facts = {
         Key(subject, relation): other_than((subject,), people, rng)
         for subject in range(people)
         for relation in sorted(rng.sample(range(relations), facts_each))
     }
-    return Graph(names, RELATIONS[:relations], facts, _any_of(names))
+    return with_names(names, RELATIONS[:relations], facts)
+
+
+def invented_names(count: int, rng: random.Random) -> tuple[str, ...]:
+    """So many different names of two syllables, such as Bavo."""
+    pairs = rng.sample(range(len(_SYLLABLES) ** 2), count)
+    base = len(_SYLLABLES)
+    return tuple((_SYLLABLES[pair // base] + _SYLLABLES[pair % base]).capitalize() for pair in pairs)
+
+
+def with_names(
+    names: tuple[str, ...], relations: tuple[str, ...], facts: Mapping[Key, int], asks: str = "Who"
+) -> Graph:
+    """A graph whose names can be found in texts."""
+    return Graph(names, relations, facts, re.compile(rf"\b(?:{'|'.join(names)})\b"), asks)
 
 
 def other_than(taken: Sequence[int], people: int, rng: random.Random) -> int:
     """A person who is none of those named."""
     return rng.choice([person for person in range(people) if person not in taken])
-
-
-def _any_of(names: Sequence[str]) -> re.Pattern[str]:
-    return re.compile(rf"\b(?:{'|'.join(names)})\b")

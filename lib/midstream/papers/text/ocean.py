@@ -24,6 +24,8 @@ Deviations and readings (all inferred)
     - Wikidata5M, GPT-4's wording and Llama-3-8B become a generated graph of people, templates, and a small Llama
       trained here: it read most facts right, some contradicted, some never, beside film reviews. μ_φ is another small
       Llama, trained by likelihood on paths in words, without exploration by reinforcement.
+    - The alignment is repeated on a real graph, Freebase's facts about series of films of MovieLens, with invented
+      names; the claims read the generated one, the chapter sets the films' verdicts beside it.
     - A fixed logged set, a few passes, AdamW, for every arm; each takes the best of the same learning rates by 2-hop
       accuracy on validation questions. No knowledge test but the graph's own; AlignScore and Self-BLEU are left out.
 """
@@ -43,6 +45,7 @@ from torch import Tensor
 
 from midstream import data, zoo
 from midstream.claims import Claim, Comparison, Control, direction
+from midstream.data.films import film_graph
 from midstream.data.graph_corpus import World, documents, make_world
 from midstream.data.graphs import WORDINGS, Graph, Question, generate
 from midstream.measure import Interval, paired_interval, t_interval
@@ -81,9 +84,10 @@ class Params(PaperParams):
         "float32", description="of the arithmetic in training π_0 and μ_φ; the alignment's is float32"
     )
     lora_rank: int = Field(0, ge=0, le=1024, description="rank of the trained adapters; 0 trains all weights")
-    people: int = Field(20, ge=8, le=4000, description="entities of the graph")
+    people: int = Field(20, ge=8, le=4000, description="entities of the generated graph")
     relations: int = Field(4, ge=1, le=8, description="kinds of relations")
     facts_each: int = Field(2, ge=1, le=8, description="relations that each entity has")
+    films: int = Field(60, ge=20, le=4000, description="entities of the second graph, real facts about films")
     known: float = Field(0.5, ge=0, le=1, description="share of facts that π_0 read right")
     disputed: float = Field(0.3, ge=0, le=1, description="share of facts that π_0 read both right and wrong")
     trusted: float = Field(0.4, ge=0, le=1, description="how often a disputed fact is told right")
@@ -107,6 +111,7 @@ _FULL = Params(
     n_seeds=4,
     people=80,
     relations=8,
+    films=160,
     documents=6000,
     base_steps=300,
     batch_size=40,
@@ -126,6 +131,7 @@ _PAPER = Params(
     people=2000,
     relations=8,
     facts_each=3,
+    films=400,
     documents=40_000,
     base_steps=2000,
     base_rate=2e-4,
@@ -139,8 +145,12 @@ _PAPER = Params(
 )
 
 PRESETS: dict[str, Preset] = {
-    "quick": Preset(Params(), "a graph of 20 people, three seeds: see the method at work", minutes=1, memory_gib=4),
-    "full": Preset(_FULL, "80 people, 8 relations, four seeds: settle the claims", minutes=15, memory_gib=4),
+    "quick": Preset(
+        Params(), "graphs of 20 people and 60 films, three seeds: see the method at work", minutes=1, memory_gib=4
+    ),
+    "full": Preset(
+        _FULL, "80 people, 8 relations, and 160 films, four seeds: settle the claims", minutes=25, memory_gib=4
+    ),
     "paper": Preset(
         _PAPER,
         "one of the paper's models on a generated graph, which it must first be taught; sizes are ours",
@@ -153,13 +163,16 @@ PRESETS: dict[str, Preset] = {
 
 
 def revisions(params: Params) -> dict[str, str]:
-    """The revisions of the unrelated texts and of models that are not made here."""
+    """The revisions of the unrelated texts, of the films and of models that are not made here."""
     models = {params.model, params.kg_model} - {SCRATCH}
-    return {REVIEWS: data.revision(REVIEWS), **{name: zoo.revision(name) for name in sorted(models)}}
+    texts = {name: data.revision(name) for name in (REVIEWS, FILMS)}
+    return texts | {name: zoo.revision(name) for name in sorted(models)}
 
 
 REVIEWS = "movies"
 """Film reviews: text that has nothing to do with the graph."""
+FILMS = "films"
+"""Facts about films, of which the second graph is made."""
 REVIEW = 100
 """Characters at which a review is cut, so that it is no longer than a chain."""
 
@@ -454,9 +467,15 @@ class Bench:
     """The graph's chains for the questions on which learning rates are chosen."""
 
 
-def set_up(params: Params, seed: int) -> Bench:
+def graphs(params: Params, seed: int) -> dict[str, Graph]:
+    """The generated graph, which the claims read, and the real one."""
+    people = generate(params.people, params.relations, params.facts_each, seed)
+    return {"people": people, FILMS: film_graph(params.films, seed)}
+
+
+def set_up(graph: Graph, params: Params, seed: int) -> Bench:
     """A world, π_0 and μ_φ trained in it, and chains by the model and by the graph."""
-    graph, rng = generate(params.people, params.relations, params.facts_each, seed), random.Random(seed)
+    rng = random.Random(seed)
     world = make_world(graph, params.known, params.disputed, params.questions, params.logged, seed)
     corpus, paths, unrelated = texts_of(world, params, rng)
     model, tokenizer = obtain(params.model, train_tokenizer(corpus + paths, VOCABULARY), params, seed)
@@ -610,18 +629,40 @@ def tuned(bench: Bench, reading: Reading | None, params: Params, seed: int) -> I
 
 
 def experiment(params: Params) -> Result:
-    """Enumeration, then the alignment of every reading, on every seed."""
-    rows: dict[str, list[dict[str, Any]]] = {"bias": [], "variance": [], "runs": [], "tuning": []}
+    """Enumeration, then the alignment of every reading in both graphs, on every seed.
+
+    Of the films, `runs` and `tuning` are kept under names of their own; `on_films` puts them in place.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {"bias": [], "variance": []}
+    rows |= {f"{prefix}{table}": [] for prefix in ("", FILMS_PREFIX) for table in ALIGNED}
     for seed in params.seeds:
         rows["bias"].extend(bias_rows(params, seed))
         rows["variance"].extend(variance_rows(params, seed))
-        bench = set_up(params, seed)
-        rows["runs"].append({"arm": "base", "seed": seed, **measured(bench, params, seed)})
-        for reading in (None, *readings(params.clip)):
-            name = reading.name if reading else "sft"
-            rows["tuning"].extend({"arm": name, "seed": seed, **row} for row in tuned(bench, reading, params, seed))
-            rows["runs"].append({"arm": name, "seed": seed, **measured(bench, params, seed)})
+        for prefix, graph in zip(("", FILMS_PREFIX), graphs(params, seed).values(), strict=True):
+            align_all(set_up(graph, params, seed), params, seed, rows[f"{prefix}runs"], rows[f"{prefix}tuning"])
     return Result({name: pd.DataFrame(entries) for name, entries in rows.items()}, {"clip": params.clip})
+
+
+ALIGNED = ("runs", "tuning")
+FILMS_PREFIX = f"{FILMS}_"
+
+
+def align_all(
+    bench: Bench, params: Params, seed: int, runs: list[dict[str, Any]], tuning: list[dict[str, Any]]
+) -> None:
+    """Adds the base model's row to `runs`, then SFT's and every reading's; to `tuning` those of every rate."""
+    runs.append({"arm": "base", "seed": seed, **measured(bench, params, seed)})
+    for reading in (None, *readings(params.clip)):
+        name = reading.name if reading else "sft"
+        tuning.extend({"arm": name, "seed": seed, **row} for row in tuned(bench, reading, params, seed))
+        runs.append({"arm": name, "seed": seed, **measured(bench, params, seed)})
+
+
+def on_films(result: Result) -> Result:
+    """The result with the films' alignment in place of the generated graph's: every check can be asked of it."""
+    for table in ALIGNED:
+        result = result.with_table(table, result.tables[f"{FILMS_PREFIX}{table}"])
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------- the claims
