@@ -265,15 +265,10 @@ def test_the_library_knows_no_paper_and_nothing_of_the_house() -> None:
             assert module[0] in LIBRARY, f"{path.name} imports {'.'.join(module)}"
 
 
-RIVALS = {"mdgd": "balanced_mllm_tuning"}
-"""Papers that run another one's method as a baseline on their own bench: its code, not a copy that could differ."""
-
-
-def test_a_paper_imports_the_library_and_no_other_paper_but_a_rival_it_names() -> None:
+def test_a_paper_imports_the_library_and_no_other_paper() -> None:
     for path in (PACKAGE / "papers").glob("*/*.py"):
         for module in imported(path):
-            rival = module[0] == "papers" and RIVALS.get(path.stem) in module
-            assert rival or module[0] in LIBRARY, f"{path.name} imports {'.'.join(module)}"
+            assert module[0] in LIBRARY, f"{path.name} imports {'.'.join(module)}"
 
 
 def test_the_checks_on_imports_can_fail(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -24,6 +25,7 @@ def fit_sides(
     schedule: Schedule,
     rates: Callable[[], Mapping[str, float]],
     *,
+    precision: Literal["float32", "bfloat16"] = "float32",
     cpu: bool = False,
     after_step: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
@@ -31,9 +33,9 @@ def fit_sides(
 
     Like `midstream.train.fit`, but that `rates()`, asked before each update, gives the peak rate of each side, which
     the schedule's warm-up and cosine then scale (its own `learning_rate`, `muon` and `weight_decay` are not used). A
-    side at rate 0 stays bit for bit as it is. Returns one row a step: `step`, `loss`, and `rate_SIDE` and `norm_SIDE`
-    for each side, the norm being the gradient's before clipping. Raises `ValueError` when the batches run out and
-    `FloatingPointError` when the loss is no longer finite.
+    side at rate 0 stays bit for bit as it is; `after_step` is called outside of `bfloat16`'s autocast. Returns one row
+    a step: `step`, `loss`, and `rate_SIDE` and `norm_SIDE` for each side, the norm being the gradient's before
+    clipping. Raises `ValueError` when the batches run out and `FloatingPointError` when the loss is no longer finite.
     """
     from accelerate import Accelerator
     from accelerate.utils import send_to_device
@@ -43,12 +45,16 @@ def fit_sides(
         [{"params": list(side), "lr": 0.0} for side in sides.values()], betas=schedule.betas, weight_decay=0.0
     )
     wrapped, optimizer = accelerator.prepare(model.eval(), optimizer)
+    autocast = partial(  # without a cache, for a loss may exchange weights between two forward passes
+        torch.autocast, accelerator.device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False
+    )
     rows: list[dict[str, float]] = []
     for step, batch in enumerate(_exactly(batches, schedule.steps), start=1):
         now = {name: rate * schedule.share(step - 1) for name, rate in rates().items()}
         for group, name in zip(optimizer.param_groups, sides, strict=True):
             group["lr"] = now[name]
-        value = loss(wrapped, send_to_device(batch, accelerator.device))
+        with autocast():
+            value = loss(wrapped, send_to_device(batch, accelerator.device))
         row = {"step": step, "loss": _finite(value, step)} | {f"rate_{name}": rate for name, rate in now.items()}
         model.zero_grad()
         accelerator.backward(value)

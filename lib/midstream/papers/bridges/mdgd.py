@@ -22,7 +22,7 @@ Deviations
       direct tuning. It has a random mask of the same size as its control.
     - At the first step the tuned model is the frozen one and h = 0: nothing is taken out.
     - Added as baselines: direct tuning with the distance as a penalty, and learning rates of projector and language
-      model that CoMMIT balances, in float32. Model Tailor is left out.
+      model that CoMMIT balances. Model Tailor is left out.
     - Every arm is tuned at every rate on every seed. An arm's own rate is the smallest that comes within `tolerance` of
       the best at the new task on validation images (where several teach it as well, the choice among them would be a
       matter of chance, and a smaller rate alone forgets less); arms are also compared at equal rates.
@@ -53,8 +53,7 @@ from midstream.data.shapes.scenes import Split
 from midstream.measure import Interval, paired_interval
 from midstream.measure.spectrum import effective_rank, linear_cka
 from midstream.paper import PaperParams, Preset, Result
-from midstream.papers.bridges import balanced_mllm_tuning as commit
-from midstream.train import Schedule, fit
+from midstream.train import Schedule, fit, steering
 from midstream.train.llava import CachedTower, Turn, ask, by_length, exact_answers, pack, tower_features
 from midstream.train.sides import fit_sides
 from midstream.train.surgery import Gradients, cosine, gradients, with_gradients, without
@@ -94,13 +93,14 @@ class Params(PaperParams):
 
 
 _FULL = Params(
+    seed=10,
     train_images=960,
     val_images=80,
     test_images=160,
     steps=60,
     batch_size=16,
-    rates=(3e-4, 1e-3, 3e-3),
-    lora_rates=(1e-3, 3e-3, 1e-2),
+    rates=(1e-4, 5e-4, 2e-3, 1e-2),
+    lora_rates=(5e-4, 2e-3, 1e-2),
     mask_steps=10,
     variants=True,
 )
@@ -121,7 +121,7 @@ _PAPER = _FULL.model_copy(
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(Params(), "three seeds, a few updates: see every part at work", minutes=1, memory_gib=4),
-    "full": Preset(_FULL, "three seeds, three rates an arm: settle the claims", minutes=45, memory_gib=6),
+    "full": Preset(_FULL, "three seeds, four rates an arm: settle the claims", minutes=60, memory_gib=6),
     "paper": Preset(
         _PAPER,
         "the paper's smaller model, on the shapes world",
@@ -476,16 +476,17 @@ def tune(bench: Bench, arm: Arm, lesson: Lesson, rate: float) -> tuple[Any, Tuni
 
 
 def tune_balanced(bench: Bench, arm: Arm, lesson: Lesson, rate: float) -> tuple[Any, Tuning]:
-    """The same by CoMMIT with its chapter's own settings: κ steers the rates of projector and language model."""
+    """The same by CoMMIT: κ steers the rates of projector and language model."""
     model = copy.deepcopy(bench.model)
     tuning = Tuning(bench, arm, trainable(model))
-    sides = commit.sides_of(model)
-    settings = commit.Params(steps=max(4, lesson.steps))
-    steered = commit.Tuning(model, sides, commit.Arm(BALANCED, signal="balance"), settings, rate, lesson.seed)
+    sides, settings = steering.sides_of(model), steering.Settings(lesson.steps)
+    steered = steering.Tuning(model, sides, steering.Arm(BALANCED, signal="balance"), settings, rate, lesson.seed)
     rows = feed(bench, lesson.images, lesson.kept, lesson.seed, bench.params.batch_size)
     batches = ({name: part for name, part in batch.items() if name != "kept"} for batch in rows)
-    schedule = Schedule(lesson.steps, warmup=0.1)
-    fit_sides(model, sides, batches, steered.loss, schedule, steered.now, after_step=steered.after_step)
+    schedule, precision = Schedule(lesson.steps, warmup=0.1), bench.params.precision
+    fit_sides(
+        model, sides, batches, steered.loss, schedule, steered.now, precision=precision, after_step=steered.after_step
+    )
     return model, tuning
 
 
