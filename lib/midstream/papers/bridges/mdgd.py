@@ -99,8 +99,8 @@ _FULL = Params(
     test_images=160,
     steps=60,
     batch_size=16,
-    rates=(1e-4, 5e-4, 2e-3, 1e-2),
-    lora_rates=(5e-4, 2e-3, 1e-2),
+    rates=(5e-5, 2e-4, 1e-3, 5e-3),
+    lora_rates=(2e-4, 1e-3, 3e-3, 1e-2),
     mask_steps=10,
     variants=True,
 )
