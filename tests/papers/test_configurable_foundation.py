@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -256,6 +257,37 @@ def test_a_new_brick_changes_nothing_and_a_trained_one_lowers_the_loss(model: An
     torch.testing.assert_close(made.losses(None, ids, stream, 5), before)
     made.unload()
     torch.testing.assert_close(token_losses(model, ids), before)
+
+
+def shop_of(model: Any, ids: Tensor, bricks: Any, rates: tuple[float, ...]) -> paper.Workshop:
+    made, stream = bricks
+    params = paper.Params(brick_rates=rates, brick_batch=5)
+    train = dict.fromkeys(params.functions[:2], (ids, stream))
+    bench: Any = SimpleNamespace(params=params, seed=0)
+    return paper.Workshop(bench, made, train, None, None, {})  # type: ignore[arg-type]
+
+
+def test_a_rate_is_tried_on_windows_not_trained_on_and_leaves_the_model_as_it_was(
+    model: Any, ids: Tensor, bricks: Any
+) -> None:
+    before = token_losses(model, ids)
+    made, stream = bricks
+    shop = shop_of(model, ids, bricks, (1e-12,))
+    held = torch.arange(len(ids)) % paper.HELD_OUT == 0
+    found = shop.try_rate(("python",), 1e-12)  # a rate at which nothing is learned: the bare model's loss
+    bare = made.losses(None, ids[held], stream[held], 5)
+    assert found == pytest.approx(float(bare[:, bare.shape[1] // 2 :].mean()), rel=1e-4)
+    torch.testing.assert_close(token_losses(model, ids), before)
+
+
+def test_bricks_and_the_single_adapter_have_each_the_rate_that_loses_least(
+    model: Any, ids: Tensor, bricks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = shop_of(model, ids, bricks, (1e-3, 1e-2))
+    best = {1: 1e-2, 2: 1e-3}  # by how many kinds an adapter learns
+    monkeypatch.setattr(shop, "try_rate", lambda kinds, rate: abs(rate - best[len(kinds)]))
+    shop.choose_rates()
+    assert shop.rates == {paper.BRICK: 1e-2, paper.SINGLE: 1e-3}
 
 
 def updates(model: Any, name: str) -> dict[str, Tensor]:
