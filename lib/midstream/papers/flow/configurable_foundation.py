@@ -512,10 +512,12 @@ class Workshop:
         """For bricks, and for the single adapter, the rate after which held-out training windows lose least."""
         rates = self.bench.params.brick_rates
         self.rates = dict.fromkeys((BRICK, SINGLE), rates[0])
+        if len(rates) == 1:
+            return
         one, two = self.bench.params.functions[:2]
-        for arm, jobs in {BRICK: [(one,), (two,)], SINGLE: [(one, two)]}.items() if len(rates) > 1 else ():
+        for arm, jobs in ((BRICK, [(one,), (two,)]), (SINGLE, [(one, two)])):
             lost = {rate: sum(self.try_rate(job, rate) for job in jobs) for rate in rates}
-            self.rates[arm] = min(lost, key=lost.__getitem__)
+            self.rates[arm] = min(rates, key=lost.__getitem__)
 
     def learn(self, name: str, *pools: str, steps: int = 1, replay: Sequence[str] = ()) -> None:
         """Trains on kinds of text for `steps` times a brick's steps; replayed kinds together count as one."""
