@@ -311,6 +311,15 @@ def test_the_films_graph_has_whole_series_of_three_films_or_more_and_every_fact_
 
 
 @pytest.mark.usefixtures("freebase")
+def test_texts_ask_as_often_for_three_hops_as_for_one_though_few_films_lead_on() -> None:
+    graph = films.film_graph(60, seed=0)
+    asked = [text for text in documents(lambda: graph, set(), 1200, random.Random(0)) if "?" in text]
+    hops = Counter(text.partition("?")[0].count(" of ") for text in asked)
+    assert set(hops) == {1, 2, 3}
+    assert all(count == pytest.approx(len(asked) / 3, rel=0.2) for count in hops.values())
+
+
+@pytest.mark.usefixtures("freebase")
 def test_a_films_graph_for_which_no_series_is_small_enough_is_refused() -> None:
     with pytest.raises(ValueError, match="at most 3 films"):
         films.film_graph(3, seed=0)

@@ -46,8 +46,9 @@ UNTOUCHED = 0.2
 def make_world(graph: Graph, known: float, disputed: float, held_out: int, logged: int, seed: int) -> World:
     """Shares out the facts of a graph, and draws questions: first those held out, then those of the logged chains.
 
-    `known` and `disputed` are shares of the facts, `held_out` and `logged` count questions; half as many again as are
-    held out for the test are held out for validation. Raises `ValueError` for a graph too small.
+    `known` and `disputed` are shares of the facts, `held_out` and `logged` count questions; at most two in five of
+    those of two hops are held out for the test, and half as many again for validation. Raises `ValueError` for a graph
+    too small.
     """
     rng = random.Random(seed)
     keys = rng.sample(sorted(graph.facts), len(graph.facts))
@@ -57,7 +58,7 @@ def make_world(graph: Graph, known: float, disputed: float, held_out: int, logge
     rivals = {key: other_than((key.subject, graph.facts[key]), len(graph.names), rng) for key in keys}
     two = list(graph.questions(2))
     rng.shuffle(two)
-    held = min(held_out, len(two) // 2)
+    held = min(held_out, len(two) * 2 // 5)
     test, validation = two[:held], two[held : held + held // 2]
     untouched = [key for key in keys[:right] if rng.random() < UNTOUCHED]
     pools = [
@@ -71,7 +72,7 @@ def make_world(graph: Graph, known: float, disputed: float, held_out: int, logge
 
 
 def documents(told: Callable[[], Graph], held_out: set[Question], count: int, rng: random.Random) -> list[str]:
-    """Texts about a graph: three facts in a row, or a question of one to three hops with its chain."""
+    """Texts about a graph: three facts in a row, or a question with its chain, of one, two or three hops by chance."""
     made: list[str] = []
     while len(made) < count:
         graph = told()
@@ -84,15 +85,20 @@ def documents(told: Callable[[], Graph], held_out: set[Question], count: int, rn
 
 
 def _walked(graph: Graph, hops: int, rng: random.Random) -> Question | None:
-    """A question found by walking at random; none where the walk ends early."""
+    """A question found by walking at random, from where and to where so many hops can be walked; none if nowhere."""
     by_subject: dict[int, list[int]] = {}
     for key in graph.facts:
         by_subject.setdefault(key.subject, []).append(key.relation)
-    question = Question(rng.choice(sorted(by_subject)), ())
-    at = question.subject
+    everyone = set(range(len(graph.names)))
+    far_enough = [everyone]  # who has so many hops before them
     for _ in range(hops):
-        if at not in by_subject:
-            return None
-        relation = rng.choice(by_subject[at])
-        question, at = Question(question.subject, (*question.relations, relation)), graph.facts[Key(at, relation)]
-    return question
+        far_enough.append({key.subject for key, thing in graph.facts.items() if thing in far_enough[-1]})
+    if not far_enough[hops]:
+        return None
+    at = subject = rng.choice(sorted(far_enough[hops]))
+    relations = []
+    for left in reversed(range(hops)):
+        on = [relation for relation in by_subject[at] if graph.facts[Key(at, relation)] in far_enough[left]]
+        relations.append(rng.choice(on))
+        at = graph.facts[Key(at, relations[-1])]
+    return Question(subject, tuple(relations))
