@@ -79,7 +79,7 @@ class Params(PaperParams):
     n_val: int = Field(4, ge=2, le=10_000, description="validation examples of each task")
     n_numbers: int = Field(2, ge=2, le=100_000, description="number questions of each size and seed")
     n_queries: int = Field(8, ge=4, le=100_000, description="test queries of each task and seed")
-    rates: tuple[float, ...] = Field((1e-2,), min_length=1, description="AdamW's peak rates tried in each training")
+    rates: tuple[float, ...] = Field((3e-2,), min_length=1, description="AdamW's peak rates tried in each training")
     join: int = Field(
         8, ge=1, le=256, description="examples in one sequence of task finetuning; 1 is the described form"
     )
@@ -88,19 +88,19 @@ class Params(PaperParams):
 
 
 _FULL = Params(
-    n_seeds=3,
+    n_seeds=5,
     max_chars=90,
-    pretrain=192,
-    finetune=256,
-    series=160,
-    numbers=30,
+    pretrain=1024,
+    finetune=1024,
+    series=640,
+    numbers=80,
     shots=(0, 4),
     lines=4,
     digits=(2, 8),
-    n_val=24,
+    n_val=32,
     n_numbers=12,
-    n_queries=80,
-    rates=(3e-3, 1e-2),
+    n_queries=120,
+    rates=(1e-2, 3e-2, 1e-1),
     batch_size=16,
 )
 _PAPER = _FULL.model_copy(
@@ -125,7 +125,7 @@ _PAPER = _FULL.model_copy(
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(Params(), "three seeds, a few updates: see every part at work", minutes=1, memory_gib=4),
-    "full": Preset(_FULL, "more texts, two rates: settle the claims", minutes=12, memory_gib=4),
+    "full": Preset(_FULL, "a thousand texts, three rates, five seeds: settle the claims", minutes=60, memory_gib=4),
     "paper": Preset(
         _PAPER,
         "the paper's language model on SST-2; another encoder, pretrained on news",
