@@ -63,6 +63,13 @@ def test_an_image_without_alt_text_is_found_and_a_decoration_is_not():
     assert checks.images_without_alt(text) == ["a", "b"]
 
 
+def test_a_table_that_shows_as_its_source_is_found_and_one_in_code_or_well_drawn_is_not() -> None:
+    text = (
+        "<p>| a | b | |—|—| | 1 | 2 |</p><p>| c |\n|---|</p><pre>| d |---|</pre><table><td>| e</td></table><p>|x|</p>"
+    )
+    assert checks.tables_as_source(text) == ["| a | b | |—|—| | 1 | 2 |", "| c |\n|---|"]
+
+
 def test_a_failed_cell_is_found(tmp_path):
     failed = new_code_cell("1/0", outputs=[new_output("error", ename="ZeroDivisionError", evalue="division by zero")])
     nbformat.write(new_notebook(cells=[new_code_cell("1"), failed]), tmp_path / "x.ipynb")

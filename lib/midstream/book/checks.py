@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -24,13 +25,16 @@ def built(html: Path) -> set[str]:
 
 
 def faults(html: Path, toc: Path, book: Path) -> list[str]:
-    """Every fault of a built book as a sentence: missing or stray pages, images without alt text, failed cells."""
+    """Every fault of a built book as a sentence: missing or stray pages, images without alt text, tables that
+    show as their source, failed cells.
+    """
     wanted, found = named(toc), built(html)
     sentences = [f"{page} stands in {toc.name} but was not built." for page in sorted(wanted - found)]
     sentences += [f"{page}.html was built but {toc.name} does not name it." for page in sorted(found - wanted)]
     for page in sorted(found):
         text = (html / f"{page}.html").read_text(encoding="utf-8")
         sentences += [f"{page}.html: image {image} has no alt text." for image in images_without_alt(text)]
+        sentences += [f"{page}.html: a table shows as its source: {table}" for table in tables_as_source(text)]
     for notebook in sorted(book.glob("chapters/**/*.ipynb")):
         sentences += failed_cells(notebook)
     sentences += [
@@ -44,6 +48,33 @@ def images_without_alt(text: str) -> list[str]:
     scan = _Images()
     scan.feed(text)
     return scan.bare
+
+
+def tables_as_source(text: str) -> list[str]:
+    """The beginnings of a page's paragraphs in which the pipes of a Markdown table are to be read."""
+    scan = _Paragraphs()
+    scan.feed(text)
+    return [paragraph[:60] for paragraph in scan.found if re.search(r"\|\s*:?(-{3,}|—)", paragraph)]
+
+
+class _Paragraphs(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._open = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "p":
+            self._open = True
+            self.found.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "p":
+            self._open = False
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.found[-1] += data
 
 
 class _Images(HTMLParser):
