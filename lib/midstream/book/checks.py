@@ -25,9 +25,7 @@ def built(html: Path) -> set[str]:
 
 
 def faults(html: Path, toc: Path, book: Path) -> list[str]:
-    """Every fault of a built book as a sentence: missing or stray pages, images without alt text, tables that
-    show as their source, failed cells.
-    """
+    """Every fault of a built book as a sentence: stray pages, images without alt text, undrawn tables, failed cells."""
     wanted, found = named(toc), built(html)
     sentences = [f"{page} stands in {toc.name} but was not built." for page in sorted(wanted - found)]
     sentences += [f"{page}.html was built but {toc.name} does not name it." for page in sorted(found - wanted)]
