@@ -7,11 +7,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import llava_models
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import transformers as hf
 
 from midstream import zoo
 from midstream.claims import direction
@@ -21,32 +21,14 @@ from midstream.papers.bridges import balanced_mllm_tuning as paper
 from midstream.train import Schedule, fit, steering
 from midstream.train.llava import ask, exact_answers
 from midstream.train.packing import IGNORED
-from midstream.train.recipes import _shapes as world
 from midstream.train.sides import fit_sides, gradient_norm, put_back, snapshot
 
 SMALL = paper.Params(test_images=4, steps=4, batch_size=4, measure_every=1, adjust_every=2, n_seeds=2)
 
 
-def random_llava() -> SimpleNamespace:
-    """SigLIP's tower has no class token, Qwen2 groups its heads."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    words = {"vocab_size": world.vocabulary_size(), "bos_token_id": world.BEGIN, "eos_token_id": world.END}
-    config = hf.LlavaConfig(
-        vision_config=hf.SiglipVisionConfig(vision_use_head=False, image_size=64, patch_size=16, **sizes),
-        text_config=hf.Qwen2Config(num_key_value_heads=2, **words, **sizes),
-        image_token_index=world.IMAGE,
-        image_seq_length=16,
-        vision_feature_select_strategy="full",
-    )
-    model = hf.LlavaForConditionalGeneration(config).eval()
-    processor = SimpleNamespace(image_processor=world.image_processor())
-    return SimpleNamespace(model=model, tokenizer=world.tokenizer("<s> $A"), processor=processor)
-
-
-@pytest.fixture(scope="module", params=["shapes-vlm", "SigLIP, Qwen2"])
+@pytest.fixture(scope="module", params=llava_models.FAMILIES)
 def loaded(request: pytest.FixtureRequest) -> Any:
-    return zoo.load("shapes-vlm") if request.param == "shapes-vlm" else random_llava()
+    return llava_models.load(request.param)
 
 
 def bench_of(loaded: Any, params: paper.Params = SMALL) -> paper.Bench:
@@ -371,7 +353,7 @@ def test_every_other_reading_changes_one_choice() -> None:
 
 
 def test_the_experiment_fills_every_table_and_every_check_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "load", lambda *_, **__: random_llava())
+    monkeypatch.setattr(zoo, "load", lambda *_, **__: llava_models.random_llava())
     params = paper.Params(
         test_images=4, steps=4, batch_size=2, ratios=(0.1, 1.0, 10.0), variants=True, n_seeds=1, adjust_every=2
     )

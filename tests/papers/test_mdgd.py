@@ -7,20 +7,18 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import llava_models
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import transformers as hf
 
-from midstream import zoo
 from midstream.arena import TUNING, standings
 from midstream.claims import direction
 from midstream.data import shapes
 from midstream.measure.spectrum import effective_rank, linear_cka
 from midstream.paper import Result
 from midstream.papers.bridges import mdgd as paper
-from midstream.train.recipes import _shapes as world
 from midstream.train.surgery import cosine, dot, gradients, with_gradients, without
 
 SMALL = paper.Params(
@@ -141,26 +139,9 @@ def test_no_question_of_the_new_task_is_an_old_one() -> None:
 # ---------------------------------------------------------------------------------------------------- the model
 
 
-def random_llava() -> SimpleNamespace:
-    """SigLIP's tower has no class token, Qwen2 groups its heads."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    words = {"vocab_size": world.vocabulary_size(), "bos_token_id": world.BEGIN, "eos_token_id": world.END}
-    config = hf.LlavaConfig(
-        vision_config=hf.SiglipVisionConfig(vision_use_head=False, image_size=64, patch_size=16, **sizes),
-        text_config=hf.Qwen2Config(num_key_value_heads=2, **words, **sizes),
-        image_token_index=world.IMAGE,
-        image_seq_length=16,
-        vision_feature_select_strategy="full",
-    )
-    model = hf.LlavaForConditionalGeneration(config).eval()
-    processor = SimpleNamespace(image_processor=world.image_processor())
-    return SimpleNamespace(model=model, tokenizer=world.tokenizer("<s> $A"), processor=processor)
-
-
-@pytest.fixture(scope="module", params=["shapes-vlm", "SigLIP, Qwen2"])
+@pytest.fixture(scope="module", params=llava_models.FAMILIES)
 def loaded(request: pytest.FixtureRequest) -> Any:
-    return zoo.load("shapes-vlm") if request.param == "shapes-vlm" else random_llava()
+    return llava_models.load(request.param)
 
 
 @pytest.fixture(scope="module")
